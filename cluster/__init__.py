@@ -1,0 +1,1 @@
+"""Composition root of the live system: configuration, supervisor, operator API and the `baton` command."""

@@ -1,0 +1,1 @@
+"""The decode pool: what differs from the prefill pool, and nothing else."""

@@ -1,0 +1,1 @@
+"""The engine host that both pools run: vLLM and a simulated engine behind one interface."""

@@ -1,0 +1,74 @@
+"""What the worker knows of an engine: the interface that vLLM and the simulated engine share.
+
+Requests and outputs are vLLM's own engine-core structs (`protos.enginecore`); an engine is told to
+hand off or to resume through them, so the simulated engine obeys the same words as the real one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from protos.enginecore import EngineOutput, EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself once it can serve."""
+
+    engine_tag: str
+    """The layout of its structs; a router sends only to tags that it speaks."""
+    block_size_tokens: int
+    kv_blocks_total: int
+    max_model_len_tokens: int
+    ready_payload: bytes
+    """`protos.enginecore.ReadyResponse`, msgpack, for the fronts."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """An engine's load as of its last step."""
+
+    running: int = 0
+    waiting: int = 0
+    """Requests that wait for a place, for KV state or for a grammar."""
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    step_time_s: float = 0.0
+    """From the step before to this one; 0 after idling."""
+
+
+@dataclass(slots=True)
+class EngineStep:
+    """What one step produced."""
+
+    outputs: list[EngineOutput]
+    load: EngineLoad
+    counters: dict[str, float] = field(default_factory=dict)
+    """What this step adds to the engine's counters, under vLLM's metric names; any label stands in
+    the name as Prometheus writes it, e.g. `vllm:prompt_tokens_by_source_total{source="..."}`."""
+
+
+class Engine(Protocol):
+    """An engine. Ids are unique over its life. Calls come from one event loop."""
+
+    async def start(self) -> EngineInfo:
+        """Load and warm up; returns when it can serve. Raises EngineError."""
+        ...
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request; its outputs come with the steps, an error as finish reason 3."""
+        ...
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End these and free their blocks, also of one that was handed off and waits to be
+        fetched. Unknown ids are ignored. No output follows."""
+        ...
+
+    async def step(self) -> EngineStep:
+        """Wait for the next step that has something to tell. Raises EngineError once it died."""
+        ...
+
+    async def stop(self) -> None:
+        """End it and what it started. May be called at any time, more than once."""
+        ...

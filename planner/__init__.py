@@ -1,0 +1,1 @@
+"""Pure planning of pool sizes, roles and membership. Empty until the planner is built."""

@@ -1,0 +1,1 @@
+"""The prefill pool: what differs from the decode pool, and nothing else."""

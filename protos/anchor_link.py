@@ -1,0 +1,143 @@
+"""What the anchor and a router process say to each other on a Unix stream socket.
+
+Each message is a 4-byte big-endian length and a msgpack array whose first element names its kind.
+The anchor listens; a router connects, says Hello, gets the Snapshot, and from then on both send
+freely. A broken connection loses nothing: the next router's Snapshot holds what was under way.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from protos.errors import ProtocolError
+
+MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+# Router to anchor
+
+
+class Hello(Struct, array_like=True, tag="hello", gc=False):
+    """First message of a router; the anchor drops the connection of any earlier incarnation."""
+
+    router_incarnation: int
+    pid: int
+
+
+class Ready(Struct, array_like=True, tag="ready", gc=False):
+    """What the anchor tells every front, now and on each connect: ReadyResponse as msgpack."""
+
+    payload: bytes
+
+
+class Delivery(Struct, array_like=True, gc=False):
+    """One request's next output: `token_count` tokens from `first_position` on."""
+
+    request_id: str
+    first_position: int
+    token_count: int
+    finished: bool
+    payload: bytes
+
+
+class Deliver(Struct, array_like=True, tag="deliver", gc=False):
+    """Outputs for one front, in order. What a front was given already, the anchor drops."""
+
+    front: int
+    deliveries: list[Delivery]
+
+
+class UtilityReply(Struct, array_like=True, tag="reply", gc=False):
+    """A whole message for the front that made a utility call."""
+
+    front: int
+    payload: bytes
+
+
+# Anchor to router
+
+
+class Underway(Struct, array_like=True, gc=False):
+    """A request that has not ended: its ADD payload, and how many tokens its front was given."""
+
+    front: int
+    request_id: str
+    payload: bytes
+    given_tokens: int
+
+
+class Snapshot(Struct, array_like=True, tag="snapshot", gc=False):
+    """Everything under way; the first message to a router."""
+
+    underway: list[Underway]
+
+
+class Add(Struct, array_like=True, tag="add", gc=False):
+    """A front's new request: the payload frame as it came."""
+
+    front: int
+    request_id: str
+    payload: bytes
+
+
+class Abort(Struct, array_like=True, tag="abort", gc=False):
+    """A front no longer wants these: the client left, or a stop string matched."""
+
+    front: int
+    request_ids: list[str]
+
+
+class Utility(Struct, array_like=True, tag="utility", gc=False):
+    """A front's utility call: the payload frame as it came."""
+
+    front: int
+    payload: bytes
+
+
+class FrontGone(Struct, array_like=True, tag="front_gone", gc=False):
+    """A front ended; all its requests are over."""
+
+    front: int
+
+
+FromRouter = Hello | Ready | Deliver | UtilityReply
+FromAnchor = Snapshot | Add | Abort | Utility | FrontGone
+
+_encoder = msgspec.msgpack.Encoder()
+from_router_decoder: msgspec.msgpack.Decoder[FromRouter] = msgspec.msgpack.Decoder(FromRouter)
+from_anchor_decoder: msgspec.msgpack.Decoder[FromAnchor] = msgspec.msgpack.Decoder(FromAnchor)
+
+
+def encode(message: FromRouter | FromAnchor) -> bytes:
+    """The message with its length in front, ready to be written."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Splitter:
+    """Cuts a byte stream into message bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies that `data` completes. Raises ProtocolError on an impossible length."""
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        while len(buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MAX_MESSAGE_BYTES:
+                raise ProtocolError(f"a message of {length} bytes on the anchor's link")
+            end = start + _LENGTH.size + length
+            if end > len(buffer):
+                break
+            yield bytes(buffer[start + _LENGTH.size : end])
+            start = end
+        del buffer[:start]

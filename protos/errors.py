@@ -1,0 +1,23 @@
+"""The errors that cross a boundary. Each message says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class BatonError(Exception):
+    """Base of what Baton raises on purpose; anything else is a defect."""
+
+
+class ConfigError(BatonError):
+    """Configuration that can't be used: names the key, what is wrong, and a valid value."""
+
+
+class ProtocolError(BatonError):
+    """A peer sent what this version does not speak."""
+
+
+class EngineError(BatonError):
+    """An engine failed to start or died."""
+
+
+class WorkerLost(BatonError):
+    """A worker's process or link is gone."""

@@ -1,0 +1,204 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Finish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NOT_FINISHED: _ClassVar[Finish]
+    STOP: _ClassVar[Finish]
+    LENGTH: _ClassVar[Finish]
+    ABORTED: _ClassVar[Finish]
+    ERROR: _ClassVar[Finish]
+    REPETITION: _ClassVar[Finish]
+NOT_FINISHED: Finish
+STOP: Finish
+LENGTH: Finish
+ABORTED: Finish
+ERROR: Finish
+REPETITION: Finish
+
+class RouterMessage(_message.Message):
+    __slots__ = ("hello", "submit", "abort", "resend", "forget")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    RESEND_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    submit: Submit
+    abort: Abort
+    resend: Resend
+    forget: Forget
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("router_id", "router_incarnation")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    router_incarnation: int
+    def __init__(self, router_id: _Optional[str] = ..., router_incarnation: _Optional[int] = ...) -> None: ...
+
+class Submit(_message.Message):
+    __slots__ = ("request_key", "attempt", "engine_tag", "engine_request", "output_token_ids", "manifest", "hand_off")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_TAG_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
+    request_key: str
+    attempt: int
+    engine_tag: str
+    engine_request: bytes
+    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    manifest: bytes
+    hand_off: bool
+    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., engine_tag: _Optional[str] = ..., engine_request: _Optional[bytes] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., manifest: _Optional[bytes] = ..., hand_off: _Optional[bool] = ...) -> None: ...
+
+class Abort(_message.Message):
+    __slots__ = ("request_key", "attempt")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request_key: str
+    attempt: int
+    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class Resend(_message.Message):
+    __slots__ = ("request_key", "attempt", "from_position")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    FROM_POSITION_FIELD_NUMBER: _ClassVar[int]
+    request_key: str
+    attempt: int
+    from_position: int
+    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., from_position: _Optional[int] = ...) -> None: ...
+
+class Forget(_message.Message):
+    __slots__ = ("request_key", "attempt")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request_key: str
+    attempt: int
+    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class WorkerMessage(_message.Message):
+    __slots__ = ("welcome", "step", "metrics")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    step: Step
+    metrics: Metrics
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("worker_id", "worker_incarnation", "role", "engine_tag", "block_size_tokens", "kv_blocks_total", "max_model_len_tokens", "ready_payload", "held")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_TAG_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    READY_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    worker_incarnation: int
+    role: str
+    engine_tag: str
+    block_size_tokens: int
+    kv_blocks_total: int
+    max_model_len_tokens: int
+    ready_payload: bytes
+    held: _containers.RepeatedCompositeFieldContainer[Held]
+    def __init__(self, worker_id: _Optional[str] = ..., worker_incarnation: _Optional[int] = ..., role: _Optional[str] = ..., engine_tag: _Optional[str] = ..., block_size_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., max_model_len_tokens: _Optional[int] = ..., ready_payload: _Optional[bytes] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ...) -> None: ...
+
+class Held(_message.Message):
+    __slots__ = ("request_key", "attempt", "first_position", "next_position", "ended")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    NEXT_POSITION_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    request_key: str
+    attempt: int
+    first_position: int
+    next_position: int
+    ended: bool
+    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., first_position: _Optional[int] = ..., next_position: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("outputs", "load")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedCompositeFieldContainer[Output]
+    load: Load
+    def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class Output(_message.Message):
+    __slots__ = ("request_key", "attempt", "first_position", "token_ids", "finish", "payload", "manifest", "error", "prompt_use")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_USE_FIELD_NUMBER: _ClassVar[int]
+    request_key: str
+    attempt: int
+    first_position: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish: Finish
+    payload: bytes
+    manifest: bytes
+    error: str
+    prompt_use: PromptUse
+    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, str]] = ..., payload: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., error: _Optional[str] = ..., prompt_use: _Optional[_Union[PromptUse, _Mapping]] = ...) -> None: ...
+
+class PromptUse(_message.Message):
+    __slots__ = ("prompt_tokens", "computed_tokens", "cached_tokens", "transferred_tokens")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERRED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    transferred_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "step_time_s")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_TIME_S_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    step_time_s: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., step_time_s: _Optional[float] = ...) -> None: ...
+
+class Metrics(_message.Message):
+    __slots__ = ("values",)
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.ScalarMap[str, float]
+    def __init__(self, values: _Optional[_Mapping[str, float]] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""Composition root of the simulated system. Empty until the simulator is built."""
