@@ -1,0 +1,47 @@
+"""Who the workers are: the file that tells a router, replaced as a whole when it changes.
+
+A file, because a router that starts must know its workers while every other process may be down.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+
+class Member(Struct, frozen=True):
+    """One worker to attach to."""
+
+    worker_id: str
+    incarnation: int
+    role: str
+    address: str
+    node: str
+    pid: int
+    draining: bool = False
+
+
+class Membership(Struct, frozen=True):
+    """All workers, as of `version`, which only grows."""
+
+    version: int
+    members: list[Member]
+
+
+def save(path: Path, membership: Membership) -> None:
+    """Replace the file in one step, so that no reader sees half of it."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_bytes(msgspec.json.encode(membership))
+    draft.replace(path)
+
+
+def load(path: Path) -> Membership:
+    """The file's content; no file means no workers yet."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return Membership(0, [])
+    return msgspec.json.decode(content, type=Membership)

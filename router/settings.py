@@ -1,0 +1,94 @@
+"""What a router unit is started with: plain values, written to files by whoever starts it.
+
+`UnitSettings` is the anchor's (unit.json), `RouterSettings` the router process's (router.json),
+both in the unit's directory, which only its user can enter. The sockets and files in it have
+fixed names, given by `UnitPaths`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+
+class UnitPaths:
+    """Names of everything in a unit's directory."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.unit_settings = self.directory / "unit.json"
+        self.router_settings = self.directory / "router.json"
+        self.membership = self.directory / "workers.json"
+        self.anchor_socket = self.directory / "anchor.sock"
+        self.ticket_socket = self.directory / "tickets.sock"
+        self.router_socket = self.directory / "router.sock"
+        self.edge_log_socket = self.directory / "edge-log.sock"
+        self.edge_config = self.directory / "haproxy.cfg"
+        self.anchor_state = self.directory / "anchor-state.json"
+        """Written by the anchor: pids and start times of itself and what it started."""
+        self.logs = self.directory / "logs"
+
+    def front_socket(self, front: int, purpose: str) -> Path:
+        """`purpose` is "http", "input" or "output"."""
+        return self.directory / f"front-{front}-{purpose}.sock"
+
+
+class UnitSettings(Struct, frozen=True, kw_only=True):
+    """The anchor's: what to start and where it listens."""
+
+    router_id: str
+    listen_host: str
+    listen_port: int
+    model: str
+    """Directory or hub id, as the front's tokeniser loads it; `root` in /v1/models."""
+    served_model_names: list[str]
+    vllm_rs: str
+    """Path of the fast front's binary."""
+    haproxy: str
+    """Path of the edge's binary."""
+    admin_address: str
+    """Where the operator API answers, as HAProxy writes addresses: `unix@PATH` or `HOST:PORT`."""
+    router_command: list[str]
+    """Starts the router process; run in the unit's environment, restarted when it ends."""
+    max_model_len_tokens: int
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    max_body_bytes: int = 32 * 1024 * 1024
+    environment: dict[str, str] = {}
+
+
+class RouterSettings(Struct, frozen=True, kw_only=True):
+    """The router process's."""
+
+    router_id: str
+    link_token: str
+    expect_prefill: bool
+    """The prefill pool is not empty by configuration: be healthy only with one of each."""
+    local_prefill_max_tokens: int
+    """Prompts of at most this many tokens are computed on the decode worker."""
+    served_model_names: list[str]
+    ticket_ttl_s: float = 60.0
+    worker_reconnect_s: float = 10.0
+    """How long a worker whose link broke, but whose process may live, keeps its requests."""
+    kept_records: int = 10_000
+    """Ended requests whose decisions can still be asked for."""
+
+
+def save(path: Path, settings: UnitSettings | RouterSettings) -> None:
+    """Write the settings; they hold a secret, so only the user may read them."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(settings)))
+
+
+def load_unit(path: Path) -> UnitSettings:
+    """Raises msgspec.ValidationError for a file that this version did not write."""
+    return msgspec.json.decode(path.read_bytes(), type=UnitSettings)
+
+
+def load_router(path: Path) -> RouterSettings:
+    """Raises msgspec.ValidationError for a file that this version did not write."""
+    return msgspec.json.decode(path.read_bytes(), type=RouterSettings)
