@@ -1,0 +1,67 @@
+"""The engine process: vLLM's EngineCore, with Baton's scheduler, worker and connector.
+
+Run as `python -m engine.vllm_host.process LAUNCH_FILE` by `engine.py`; ends with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+from engine.vllm_host.launch import Launch, load
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel end this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the worker that started this engine is gone")
+
+
+def run(launch: Launch) -> None:
+    """Build vLLM's configuration and run EngineCore until told to stop."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.executor import Executor
+
+    from engine.vllm_host.model_worker import ResumingWorker
+    from engine.vllm_host.scheduler import BatonAsyncScheduler, BatonScheduler
+
+    args = EngineArgs(
+        **launch.engine_args,
+        worker_cls=f"{ResumingWorker.__module__}.{ResumingWorker.__qualname__}",
+        kv_transfer_config={
+            "kv_connector": launch.connector_class,
+            "kv_connector_module_path": launch.connector_module,
+            # Roles are labels: every engine can produce and consume KV state.
+            "kv_role": "kv_both",
+            "engine_id": launch.engine_id,
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"kv_lease_duration": launch.kv_lease_s},
+        },
+    )
+    config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    scheduler = BatonAsyncScheduler if config.scheduler_config.async_scheduling else BatonScheduler
+    config.scheduler_config.scheduler_cls = scheduler
+    EngineCoreProc.run_engine_core(
+        vllm_config=config,
+        local_client=True,
+        handshake_address=launch.handshake_address,
+        executor_class=Executor.get_class(config),
+        log_stats=True,
+    )
+
+
+def main() -> None:
+    die_with(int(sys.argv[2]))
+    run(load(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

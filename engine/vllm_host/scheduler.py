@@ -1,0 +1,103 @@
+"""vLLM's scheduler, taught to resume: tokens generated elsewhere enter as output tokens.
+
+As output, not as prompt, because penalties, `min_tokens`, seeds and grammars all look at what was
+generated. Loaded by vLLM in the engine process (`scheduler_cls`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request, RequestStatus
+
+from protos.enginecore import resumed_output_token_ids
+
+if TYPE_CHECKING:
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+def injected_token_ids(request: Request) -> list[int]:
+    """The output tokens that `request` was submitted with."""
+    params = request.sampling_params
+    return resumed_output_token_ids(params.extra_args if params is not None else None)
+
+
+class ResumingScheduler(_Base):  # type: ignore[misc]
+    """What Baton adds, over either of vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._grammar_is_behind: set[str] = set()
+        self._last_stats: tuple[float, ...] = ()
+
+    def add_request(self, request: Request) -> None:
+        tokens = injected_token_ids(request)
+        if tokens and request.request_id not in self.requests:
+            request.append_output_token_ids(tokens)
+            if request.use_structured_output:
+                self._grammar_is_behind.add(request.request_id)
+            # vLLM asserts that what is cached is part of the prompt; here it may reach beyond.
+            request.prefill_stats = request.prefill_stats if len(tokens) == 1 else None
+        super().add_request(request)
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        ready: bool = super()._handle_blocked_waiting_request(request)
+        if (
+            ready
+            and request.request_id in self._grammar_is_behind
+            and request.status != RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        ):
+            self._grammar_is_behind.discard(request.request_id)
+            if not self.structured_output_manager.accept_tokens(
+                request, injected_token_ids(request)
+            ):
+                # Ends the request with an error, as a grammar that doesn't compile does.
+                self.grammar_compile_error_reqs.add(request.request_id)
+                return False
+        return ready
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        """Abort; of a request that was handed off and waits to be fetched, free the blocks."""
+        if request_ids is not None and self.connector is not None:
+            request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            for request_id in request_ids:
+                request = self.requests.get(request_id)
+                if request is not None and request.is_finished():
+                    self.connector.release(request_id)
+                self._grammar_is_behind.discard(request_id)
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        return finished
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """The step's figures; None when they are those of the step before.
+
+        An engine whose blocks wait to be fetched steps every millisecond with nothing to tell.
+        """
+        stats = super().make_stats(*args, **kwargs)
+        if stats is None:
+            return None
+        gauges = (stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage)
+        quiet = (
+            gauges == self._last_stats
+            and not stats.num_running_reqs
+            and not stats.kv_connector_stats
+            and not stats.prefix_cache_stats.requests
+        )
+        self._last_stats = gauges
+        return None if quiet else stats
+
+
+class BatonScheduler(ResumingScheduler, Scheduler):  # type: ignore[misc]
+    """For engines that schedule a step after the one before has ended."""
+
+
+class BatonAsyncScheduler(ResumingScheduler, AsyncScheduler):  # type: ignore[misc]
+    """For engines that schedule a step while the one before runs."""
