@@ -77,7 +77,7 @@ class BatonSchedulerSide(NixlPullConnectorScheduler):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> BatonConnectorMetadata:
         built = super().build_connector_meta(scheduler_output)
         metadata = BatonConnectorMetadata()
-        vars(metadata).update(vars(built))
+        metadata.__dict__.update(built.__dict__)
         metadata.reqs_to_release, self._to_release = self._to_release, set()
         return metadata
 
@@ -105,9 +105,7 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
         self._released.clear()
         return results
 
-    def _pop_done_transfers(
-        self, transfers: dict[str, list[int]]
-    ) -> tuple[set[str], set[str]]:
+    def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
         done, failed = super()._pop_done_transfers(transfers)
         if transfers is self._recving_transfers:
             failed |= {request_id for request_id in done - failed if self._lapsed(request_id)}

@@ -13,9 +13,7 @@ CLOCK_MARGIN_S: Final = 0.25
 """What the estimate of the owner's clock may be off by: half a handshake's round trip, amply."""
 
 
-def lease_still_held(
-    now_s: float, lease_end_s: float | None, owner_clock_ahead_s: float
-) -> bool:
+def lease_still_held(now_s: float, lease_end_s: float | None, owner_clock_ahead_s: float) -> bool:
     """Whether blocks read until `now_s` belonged to the reader's request all the while.
 
     `now_s` is the reader's clock, taken after the read completed; `lease_end_s` the owner's clock

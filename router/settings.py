@@ -29,6 +29,7 @@ class UnitPaths:
         self.edge_config = self.directory / "haproxy.cfg"
         self.anchor_state = self.directory / "anchor-state.json"
         """Written by the anchor: pids and start times of itself and what it started."""
+        self.anchor_lock = self.directory / "anchor.lock"
         self.logs = self.directory / "logs"
 
     def front_socket(self, front: int, purpose: str) -> Path:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
-import zmq
 import zmq.asyncio
+from zmq.constants import Flag, SocketOption, SocketType
 
 from engine.base import EngineInfo, EngineLoad, EngineStep
 from engine.spec import WorkerSpec
@@ -52,8 +52,8 @@ class VllmEngine:
         self._directory = Path(spec.run_directory)
         self._log_path = self._directory / "engine.log"
         self._context = zmq.asyncio.Context()
-        self._input: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
-        self._output: zmq.asyncio.Socket = self._context.socket(zmq.PULL)
+        self._input: zmq.asyncio.Socket = self._context.socket(SocketType.ROUTER)
+        self._output: zmq.asyncio.Socket = self._context.socket(SocketType.PULL)
         self._process: asyncio.subprocess.Process | None = None
         self._ended: asyncio.Task[int] | None = None
         self._kv_blocks_total = 0
@@ -66,9 +66,9 @@ class VllmEngine:
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> EngineInfo:
-        """Start the engine process, shake hands, warm up. Raises EngineError with its last words."""
+        """Start the engine process, shake hands, warm up. Raises EngineError."""
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handshake = self._context.socket(zmq.ROUTER)
+        handshake = self._context.socket(SocketType.ROUTER)
         try:
             self._bind(self._input, "input")
             self._bind(self._output, "output")
@@ -120,8 +120,8 @@ class VllmEngine:
         path = self._directory / f"engine-{name}.sock"
         address = f"ipc://{path}"
         path.unlink(missing_ok=True)
-        zmq_socket.setsockopt(zmq.SNDHWM, 0)
-        zmq_socket.setsockopt(zmq.RCVHWM, 0)
+        zmq_socket.setsockopt(SocketOption.SNDHWM, 0)
+        zmq_socket.setsockopt(SocketOption.RCVHWM, 0)
         zmq_socket.bind(address)
         return address
 
@@ -182,7 +182,7 @@ class VllmEngine:
 
     def _send(self, kind: bytes, payload: bytes) -> None:
         # Without a limit on queued messages a send never waits, so the future is done already.
-        self._input.send_multipart([_IDENTITY, kind, payload], flags=zmq.DONTWAIT)
+        self._input.send_multipart([_IDENTITY, kind, payload], flags=Flag.DONTWAIT)
 
     def _note_load(self, outputs: EngineOutputs) -> None:
         stats = outputs.scheduler_stats

@@ -23,14 +23,15 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as _PlatformWorker
 
 
-class SeededGenerator(torch.Generator):
+class SeededGenerator(torch.Generator):  # type: ignore[misc]
     """A CPU request's random generator, whose state follows from how much it has drawn.
 
     The CPU sampler draws one seed a step (`TopKTopPSampler.forward_cpu`), one step makes one token.
     """
 
     def __new__(cls, seed: int, output_token_ids: list[int]) -> SeededGenerator:
-        return super().__new__(cls, device="cpu")
+        generator: SeededGenerator = super().__new__(cls, device="cpu")
+        return generator
 
     def __init__(self, seed: int, output_token_ids: list[int]) -> None:
         self._seed = seed

@@ -7,7 +7,7 @@ generated. Loaded by vLLM in the engine process (`scheduler_cls`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -16,11 +16,6 @@ from vllm.v1.request import Request, RequestStatus
 
 from protos.enginecore import resumed_output_token_ids
 
-if TYPE_CHECKING:
-    _Base = Scheduler
-else:
-    _Base = object
-
 
 def injected_token_ids(request: Request) -> list[int]:
     """The output tokens that `request` was submitted with."""
@@ -28,8 +23,8 @@ def injected_token_ids(request: Request) -> list[int]:
     return resumed_output_token_ids(params.extra_args if params is not None else None)
 
 
-class ResumingScheduler(_Base):  # type: ignore[misc]
-    """What Baton adds, over either of vLLM's schedulers."""
+class BatonScheduler(Scheduler):  # type: ignore[misc]
+    """For engines that schedule a step after the one before has ended."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,9 +90,5 @@ class ResumingScheduler(_Base):  # type: ignore[misc]
         return None if quiet else stats
 
 
-class BatonScheduler(ResumingScheduler, Scheduler):  # type: ignore[misc]
-    """For engines that schedule a step after the one before has ended."""
-
-
-class BatonAsyncScheduler(ResumingScheduler, AsyncScheduler):  # type: ignore[misc]
+class BatonAsyncScheduler(BatonScheduler, AsyncScheduler):  # type: ignore[misc]
     """For engines that schedule a step while the one before runs."""
