@@ -98,10 +98,10 @@ class Attempts:
         attempt = self._by_engine_id.get(output.request_id)
         if attempt is None or attempt.ended:
             return None
+        attempt.ended = output.finish_reason is not None
         message = _message(attempt, output)
         attempt.outputs.append(message)
         attempt.next_position += len(output.new_token_ids)
-        attempt.ended = output.finish_reason is not None
         return attempt, message
 
     def fail(self, router_id: str, submit: worker_pb2.Submit, reason: str) -> worker_pb2.Output:

@@ -62,11 +62,16 @@ class Engine(Protocol):
 
     def abort(self, request_ids: list[str]) -> None:
         """End these and free their blocks, also of one that was handed off and waits to be
-        fetched. Unknown ids are ignored. No output follows."""
+        fetched. Unknown ids are ignored. No output follows.
+
+        A router also sends this once a hand-off has been fetched: vLLM's engine learns of that
+        by itself, the simulated one does not."""
         ...
 
     async def step(self) -> EngineStep:
-        """Wait for the next step that has something to tell. Raises EngineError once it died."""
+        """Wait for the next step that has something to tell: outputs, or just load and counters.
+
+        A cancelled call loses nothing. Raises EngineError once the engine died."""
         ...
 
     async def stop(self) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Final, cast
 import msgspec
 from msgspec import Raw, Struct
 
+from protos.errors import ProtocolError
+
 ENGINE_TAG: Final = "vllm-0.32"
 """Names this layout on the links that carry it as opaque bytes."""
 
@@ -181,6 +183,20 @@ _ids_decoder = msgspec.msgpack.Decoder(list[str])
 def encode(message: Struct | list[str]) -> bytes:
     """Any message of this module, or an abort's list of request ids, as msgpack."""
     return _encoder.encode(message)
+
+
+def only_frame(frames: Sequence[bytes]) -> bytes:
+    """The one frame of a message that must not refer to others. Raises ProtocolError.
+
+    vLLM moves large arrays into frames of their own, to which numbers in the first frame refer;
+    such a message can't be cut up and merged. VLLM_MSGPACK_ZERO_COPY_THRESHOLD keeps it whole.
+    """
+    if len(frames) != 1:
+        raise ProtocolError(
+            f"an engine-core message of {len(frames)} frames; raise "
+            "VLLM_MSGPACK_ZERO_COPY_THRESHOLD so that it is one"
+        )
+    return frames[0]
 
 
 def decode_request(payload: bytes | memoryview) -> EngineRequest:

@@ -98,10 +98,10 @@ class VllmEngine:
         self._send(enginecore.ABORT, enginecore.encode(request_ids))
 
     async def step(self) -> EngineStep:
-        payload = await self._or_death(self._output.recv())
-        if payload == _DEAD:
+        frames = await self._or_death(self._output.recv_multipart())
+        if frames[0] == _DEAD:
             raise await self._death()
-        outputs = enginecore.decode_outputs(payload)
+        outputs = enginecore.decode_outputs(enginecore.only_frame(frames))
         self._note_load(outputs)
         return EngineStep(outputs.outputs, self._load, step_counters(outputs))
 
@@ -204,10 +204,12 @@ class VllmEngine:
         """What `work` gives, or EngineError if the engine process ends first."""
         assert self._ended is not None
         task = asyncio.ensure_future(work)
-        await asyncio.wait({task, self._ended}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        task.cancel()
+        try:
+            await asyncio.wait({task, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
         raise await self._death()
 
     async def _death(self) -> EngineError:

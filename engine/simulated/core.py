@@ -1,0 +1,224 @@
+"""The simulated engine on virtual time: requests in, steps out. Pure and synchronous.
+
+Whoever owns the clock drives it: `start_step` plans a step and says how long it takes, after which
+`finish_step` tells what came of it. Where there is nothing to compute, `wake_s` says when to ask
+again. The asyncio engine and the simulator's event loop run this same object.
+
+It obeys the sampling parameters that decide a request's length, and makes no logprobs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from engine.base import EngineLoad, EngineStep
+from engine.latency_model import StepTimes
+from engine.simulated.kv_cache import BlockPool
+from engine.simulated.request import Manifest, SimulatedRequest
+from engine.simulated.scheduler import Scheduler, SimulatedLimits, Work
+from protos.enginecore import (
+    FINISH_ABORT,
+    FINISH_ERROR,
+    FINISH_LENGTH,
+    FINISH_STOP,
+    EngineOutput,
+    EngineRequest,
+    PrefillStats,
+)
+
+_FINISH_NAMES = {
+    FINISH_STOP: "stop",
+    FINISH_LENGTH: "length",
+    FINISH_ABORT: "abort",
+    FINISH_ERROR: "error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a step computes; all 0 where it only tells of ends and freed blocks."""
+
+    prefill_tokens: int
+    decode_requests: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Pin:
+    """Blocks of a handed-off request, kept for the one who fetches them."""
+
+    block_ids: list[int]
+    expires_s: float
+
+
+class SimulatedCore:
+    """One engine: its requests, its KV blocks and the tokens that it makes."""
+
+    def __init__(self, limits: SimulatedLimits, times: StepTimes) -> None:
+        self._limits = limits
+        self._times = times
+        self._pool = BlockPool(limits.kv_blocks)
+        self._counters: Counter[str] = Counter()
+        self._scheduler = Scheduler(limits, times, self._pool, self._counters)
+        self._arrivals = 0
+        self._requests: dict[str, SimulatedRequest] = {}
+        # In the order of expiry, since all leases are of one length.
+        self._pinned: dict[str, _Pin] = {}
+        self._work: Work | None = None
+        # What the next step tells besides its work.
+        self._ended: list[EngineOutput] = []
+        self._load_changed = False
+        self._previous_finish_s: float | None = None
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. One that can't be served ends with an error in the next step."""
+        assert request.request_id not in self._requests, f"{request.request_id} was added twice"
+        self._arrivals += 1
+        try:
+            added = SimulatedRequest.read(
+                request, self._arrivals, self._limits.max_model_len_tokens
+            )
+        except ValueError:
+            self._tell_end(request.request_id, FINISH_ERROR, None)
+            return
+        # A router that died may have lost the end, not the tokens, of what it resumes.
+        if end := added.end():
+            self._tell_end(request.request_id, *end)
+            return
+        self._requests[added.request_id] = added
+        self._scheduler.add(added)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End these without output and free their blocks, also those pinned for a reader."""
+        for request_id in request_ids:
+            if pin := self._pinned.pop(request_id, None):
+                self._free(pin.block_ids)
+            if request := self._requests.pop(request_id, None):
+                self._scheduler.remove(request)
+                self._free(request.block_ids)
+                self._count_end(FINISH_ABORT)
+        self._ended = [output for output in self._ended if output.request_id not in request_ids]
+
+    def start_step(self, now_s: float) -> StepPlan | None:
+        """Decide what the next step computes; None if there is nothing to compute or to tell."""
+        assert self._work is None, "the step before is not finished"
+        self._end_leases(now_s)
+        work = self._scheduler.plan(now_s)
+        if not (work.items or self._ended or self._load_changed):
+            self._previous_finish_s = None
+            return None
+        self._work = work
+        prefill_tokens, decodes = work.prefill_tokens, work.decode_requests
+        duration_s = self._times.step_s(prefill_tokens, decodes) if work.items else 0.0
+        return StepPlan(prefill_tokens, decodes, duration_s)
+
+    def finish_step(self, now_s: float) -> EngineStep:
+        """Complete the step that was started: tokens, ends, load and counters."""
+        assert self._work is not None, "no step was started"
+        outputs = self._ended
+        for request, tokens in self._work.items:
+            # An abort during the step has taken it out.
+            if self._requests.get(request.request_id) is request:
+                request.computed_tokens += tokens
+                if not request.remaining_tokens:
+                    outputs.append(self._sample(now_s, request))
+        previous_s = now_s if self._previous_finish_s is None else self._previous_finish_s
+        load = EngineLoad(
+            running=self._scheduler.running,
+            waiting=len(self._requests) - self._scheduler.running,
+            kv_blocks_used=self._pool.used_blocks,
+            kv_blocks_total=self._pool.blocks_total,
+            step_time_s=now_s - previous_s,
+        )
+        step = EngineStep(
+            outputs, load, {name: float(n) for name, n in self._counters.items() if n}
+        )
+        self._work, self._ended, self._load_changed = None, [], False
+        self._counters.clear()
+        self._previous_finish_s = now_s
+        return step
+
+    def wake_s(self) -> float | None:
+        """When a fetch completes or a lease runs out next: `start_step` may then have work."""
+        lease_s = next((pin.expires_s for pin in self._pinned.values()), None)
+        times_s = (self._scheduler.next_fetched_s, lease_s)
+        return min((time_s for time_s in times_s if time_s is not None), default=None)
+
+    def check_integrity(self) -> None:
+        """Assert that all blocks and requests are accounted for; for tests, between two steps."""
+        self._scheduler.check_integrity(self._requests)
+        holders = Counter(
+            block for request in self._requests.values() for block in request.block_ids
+        )
+        holders.update(block for pin in self._pinned.values() for block in pin.block_ids)
+        self._pool.check_integrity(holders)
+
+    def _sample(self, now_s: float, request: SimulatedRequest) -> EngineOutput:
+        token = request.next_token()
+        request.append(token)
+        self._counters["vllm:generation_tokens_total"] += 1
+        output = EngineOutput(
+            request.request_id, [token], prefill_stats=self._take_prefill_stats(request)
+        )
+        if end := request.end():
+            output.finish_reason, output.stop_reason = end
+            output.kv_transfer_params = self._end(now_s, request, output.finish_reason)
+        return output
+
+    def _take_prefill_stats(self, request: SimulatedRequest) -> PrefillStats | None:
+        stats, request.prefill_stats = request.prefill_stats, None
+        if stats is None:
+            return None
+        stored = request.published_blocks * self._limits.block_size_tokens
+        stored = min(stored, stats.num_prompt_tokens)
+        stats.num_cache_creation_tokens = max(0, stored - stats.num_cached_tokens)
+        self._counters["vllm:prompt_tokens_total"] += stats.num_prompt_tokens
+        for source, tokens in (
+            ("local_compute", stats.num_computed_tokens),
+            ("local_cache_hit", stats.num_local_cached_tokens),
+            ("external_kv_transfer", stats.num_external_cached_tokens),
+        ):
+            self._counters[f'vllm:prompt_tokens_by_source_total{{source="{source}"}}'] += tokens
+        return stats
+
+    def _end(self, now_s: float, request: SimulatedRequest, reason: int) -> dict[str, Any] | None:
+        """Forget a request; if it is handed off, pin its blocks and return their manifest."""
+        del self._requests[request.request_id]
+        self._scheduler.remove(request)
+        self._count_end(reason)
+        if not request.hand_off or reason != FINISH_LENGTH:
+            self._free(request.block_ids)
+            return None
+        expires_s = now_s + self._limits.kv_lease_s
+        self._pinned[request.request_id] = _Pin(request.block_ids, expires_s)
+        return Manifest(
+            engine_id=self._limits.engine_id,
+            request_id=request.request_id,
+            block_ids=tuple(request.block_ids),
+            tokens=request.computed_tokens,
+            digest=request.digest(request.computed_tokens),
+        ).to_params()
+
+    def _end_leases(self, now_s: float) -> None:
+        lapsed = takewhile(lambda item: item[1].expires_s <= now_s, list(self._pinned.items()))
+        for request_id, pin in lapsed:
+            del self._pinned[request_id]
+            self._free(pin.block_ids)
+
+    def _free(self, block_ids: list[int]) -> None:
+        self._pool.release(block_ids)
+        self._load_changed = True
+
+    def _tell_end(self, request_id: str, reason: int, stop_reason: int | None) -> None:
+        self._ended.append(
+            EngineOutput(request_id, [], finish_reason=reason, stop_reason=stop_reason)
+        )
+        self._count_end(reason)
+
+    def _count_end(self, reason: int) -> None:
+        name = _FINISH_NAMES[reason]
+        self._counters[f'vllm:request_success_total{{finished_reason="{name}"}}'] += 1

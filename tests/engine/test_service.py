@@ -1,0 +1,206 @@
+"""The worker over real gRPC, with a simulated engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from engine.service import GRPC_OPTIONS, WorkerService
+from engine.simulated.engine import SimulatedEngine
+from engine.spec import SimulatedTiming, WorkerSpec
+from protos import enginecore, worker_pb2, worker_pb2_grpc
+from protos.enginecore import EngineRequest
+from protos.ids import WorkerId
+
+TOKEN = "the cluster's token"
+
+
+class Router:
+    """The other end of the stream: writes what it is told, keeps what it reads."""
+
+    def __init__(self, address: str, router_id: str, incarnation: int, token: str = TOKEN) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
+        stub = worker_pb2_grpc.WorkerStub(self._channel)
+        self._stream = stub.Attach(metadata=(("authorization", f"Bearer {token}"),))
+        self._hello = worker_pb2.Hello(router_id=router_id, router_incarnation=incarnation)
+
+    async def attach(self) -> worker_pb2.Welcome:
+        await self.send(hello=self._hello)
+        message = await self._stream.read()
+        if message is grpc.aio.EOF:
+            await self._stream.code()
+            raise EOFError
+        return message.welcome
+
+    async def send(self, **kind: Any) -> None:
+        await self._stream.write(worker_pb2.RouterMessage(**kind))
+
+    async def messages(self) -> AsyncIterator[worker_pb2.WorkerMessage]:
+        while (message := await self._stream.read()) is not grpc.aio.EOF:
+            yield message
+
+    async def outputs(self) -> AsyncIterator[worker_pb2.Output]:
+        async for message in self.messages():
+            for output in message.step.outputs:
+                yield output
+
+    async def tokens_to_end(self) -> list[int]:
+        tokens: list[int] = []
+        async for output in self.outputs():
+            assert output.first_position == len(tokens)
+            tokens += output.token_ids
+            if output.finish:
+                return tokens
+        raise AssertionError("the stream ended before the request did")
+
+    async def close(self) -> None:
+        self._stream.cancel()
+        await self._channel.close()
+
+
+def submit(key: str = "0:a", attempt: int = 1, max_tokens: int = 8) -> worker_pb2.Submit:
+    params = {"max_tokens": max_tokens, "temperature": 0.0}
+    request = EngineRequest("a", list(range(30, 60)), None, params, None, 1.0, None, None, None)
+    return worker_pb2.Submit(
+        request_key=key,
+        attempt=attempt,
+        engine_tag=enginecore.ENGINE_TAG,
+        engine_request=enginecore.encode(request),
+    )
+
+
+@pytest.fixture
+async def address(tmp_path: Path) -> AsyncIterator[str]:
+    spec = WorkerSpec(
+        worker_id=WorkerId("decode-0"),
+        role="decode",
+        engine="simulated",
+        model="none",
+        run_directory=str(tmp_path),
+        link_token=TOKEN,
+        simulated=SimulatedTiming(step_base_s=0.005),
+    )
+    service = WorkerService(spec, SimulatedEngine(spec))
+    port = await service.start()
+    running = asyncio.create_task(service.run())
+    yield f"127.0.0.1:{port}"
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    await service.stop()
+
+
+async def test_a_request_from_submit_to_end_with_load_in_every_step(address: str) -> None:
+    router = Router(address, "r", 1)
+    welcome = await router.attach()
+    assert (welcome.worker_id, welcome.role) == ("decode-0", "decode")
+    assert enginecore.decode_ready(welcome.ready_payload).max_model_len
+    await router.send(submit=submit())
+    tokens = 0
+    async for message in router.messages():
+        if message.HasField("step"):
+            assert message.step.load.kv_blocks_total > 0
+            tokens += sum(len(output.token_ids) for output in message.step.outputs)
+        if any(output.finish == worker_pb2.LENGTH for output in message.step.outputs):
+            break
+    assert tokens == 8
+    await router.close()
+
+
+async def test_strangers_get_no_stream(address: str) -> None:
+    router = Router(address, "r", 1, token="a guess")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await router.attach()
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    await router.close()
+
+
+async def test_an_earlier_incarnation_is_refused_once_a_later_one_has_attached(
+    address: str,
+) -> None:
+    later = Router(address, "r", 2)
+    await later.attach()
+    earlier = Router(address, "r", 1)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await earlier.attach()
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    for router in (earlier, later):
+        await router.close()
+
+
+async def test_a_later_incarnation_takes_over_without_loss_or_doubling(address: str) -> None:
+    first = Router(address, "r", 1)
+    await first.attach()
+    await first.send(submit=submit(max_tokens=60))
+    got: list[int] = []
+    async for output in first.outputs():
+        got += output.token_ids
+        if len(got) >= 5:
+            break
+    await first.close()
+    second = Router(address, "r", 2)
+    welcome = await second.attach()
+    (held,) = welcome.held
+    assert (held.request_key, held.attempt, held.ended) == ("0:a", 1, False)
+    await second.send(
+        resend=worker_pb2.Resend(request_key="0:a", attempt=1, from_position=len(got))
+    )
+    async for output in second.outputs():
+        assert output.first_position == len(got)
+        got += output.token_ids
+        if output.finish:
+            break
+    reference = Router(address, "other", 1)
+    await reference.attach()
+    await reference.send(submit=submit(max_tokens=60))
+    assert got == await reference.tokens_to_end()
+    for router in (second, reference):
+        await router.close()
+
+
+async def test_a_request_that_can_not_be_read_is_answered_with_the_reason(address: str) -> None:
+    router = Router(address, "r", 1)
+    await router.attach()
+    broken = submit()
+    broken.engine_tag = "vllm-9"
+    await router.send(submit=broken)
+    output = await anext(router.outputs())
+    assert output.finish == worker_pb2.ERROR
+    assert "vllm-9" in output.error
+    await router.close()
+
+
+async def test_forgetting_a_running_request_frees_its_blocks(address: str) -> None:
+    router = Router(address, "r", 1)
+    await router.attach()
+    await router.send(submit=submit(max_tokens=5000))
+    seen_used = 0
+    async for message in router.messages():
+        load = message.step.load
+        if load.kv_blocks_used and not seen_used:
+            seen_used = load.kv_blocks_used
+            await router.send(forget=worker_pb2.Forget(request_key="0:a", attempt=1))
+        if seen_used and message.HasField("step") and not load.kv_blocks_used:
+            assert not load.running
+            break
+    assert seen_used
+    await router.close()
+
+
+async def test_figures_come_under_vllms_names(address: str) -> None:
+    router = Router(address, "r", 1)
+    await router.attach()
+    await router.send(submit=submit())
+    async for message in router.messages():
+        values = message.metrics.values
+        if values.get("vllm:generation_tokens_total") == 8:
+            assert values["vllm:prompt_tokens_total"] == 30
+            assert values["vllm:num_requests_running"] == 0
+            break
+    await router.close()
