@@ -69,6 +69,7 @@ class Attempts:
         if latest is not None and latest.number >= submit.attempt:
             return None, []
         request = enginecore.decode_request(submit.engine_request)
+        self._check_length(request, len(submit.output_token_ids))
         attempt = Attempt(
             router_id=router_id,
             request_key=submit.request_key,
@@ -87,6 +88,15 @@ class Attempts:
         self._by_engine_id[attempt.engine_id] = attempt
         self._latest[router_id, submit.request_key] = attempt
         return request, [latest.engine_id] if latest is not None else []
+
+    def _check_length(self, request: EngineRequest, output_tokens: int) -> None:
+        # Fronts check it too, but a prompt that doesn't fit would end the engine.
+        tokens = len(request.prompt_token_ids or ()) + output_tokens
+        if not 0 < tokens < self._max_model_len_tokens:
+            raise ValueError(
+                f"a request of {tokens} tokens can't be continued within the context of "
+                f"{self._max_model_len_tokens} tokens"
+            )
 
     def _goes_on_after_first_token(self, request: EngineRequest) -> bool:
         max_tokens = (request.sampling_params or {}).get("max_tokens", _DEFAULT_MAX_TOKENS)

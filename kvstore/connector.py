@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
 
 from kvstore.lease import lease_still_held
 
@@ -59,6 +60,12 @@ class BatonSchedulerSide(NixlPullConnectorScheduler):  # type: ignore[misc]
     def request_finished(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        params = request.kv_transfer_params
+        if params and params.get("do_remote_decode") and not _goes_on(request):
+            # Stopped at its first token, or aborted: nobody will fetch, so nothing is kept.
+            self._reqs_not_processed.add(request.request_id)
+            self._reqs_need_save.pop(request.request_id, None)
+            return False, None
         keep, manifest = super().request_finished(request, block_ids)
         if keep and manifest is not None:
             self._waiting_to_be_fetched.add(request.request_id)
@@ -80,6 +87,11 @@ class BatonSchedulerSide(NixlPullConnectorScheduler):  # type: ignore[misc]
         metadata.__dict__.update(built.__dict__)
         metadata.reqs_to_release, self._to_release = self._to_release, set()
         return metadata
+
+
+def _goes_on(request: Request) -> bool:
+    status = request.status
+    return bool(status == RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]

@@ -98,6 +98,8 @@ class VllmEngine:
         self._send(enginecore.ABORT, enginecore.encode(request_ids))
 
     async def step(self) -> EngineStep:
+        if self._ended is not None and self._ended.done():
+            raise await self._death()
         frames = await self._or_death(self._output.recv_multipart())
         if frames[0] == _DEAD:
             raise await self._death()
@@ -206,7 +208,7 @@ class VllmEngine:
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait({task, self._ended}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
+            if task.done() and not task.cancelled():  # cancelled: `stop` closed the socket
                 return task.result()
         finally:
             task.cancel()

@@ -141,6 +141,14 @@ def test_forgetting_what_has_not_ended_names_what_to_abort() -> None:
     assert len(attempts) == 0
 
 
+@pytest.mark.parametrize("prompt_tokens", [0, MAX_MODEL_LEN_TOKENS, 5000])
+def test_a_prompt_that_does_not_fit_never_reaches_the_engine(prompt_tokens: int) -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    with pytest.raises(ValueError, match="context of 100 tokens"):
+        attempts.submit("r", submit(1, prompt_tokens=prompt_tokens))
+    assert len(attempts) == 0
+
+
 def test_a_request_that_cannot_be_read_raises_and_leaves_nothing() -> None:
     attempts = Attempts(MAX_MODEL_LEN_TOKENS)
     broken = submit(1)

@@ -1,0 +1,30 @@
+"""What several suites share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("BATON_SHARED", "../shared"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The tiny model's directory, built if need be."""
+    from cluster.model import tiny_directory
+    from engine.tiny_model import build
+
+    return build(tiny_directory())
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Traces and tables that are not part of the project; a user's clone goes without."""
+    if not SHARED.is_dir():
+        reason = f"{SHARED} is absent; set BATON_SHARED to a directory with traces/ and perf/"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return SHARED
