@@ -1,0 +1,135 @@
+"""The processes that the anchor keeps running: start, end, back-off, and dying with the anchor.
+
+Boundary: one process each; what its command is and what its end means is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+_log = logging.getLogger("anchor")
+
+_PR_SET_PDEATHSIG: Final = 1
+_LONGEST_PAUSE_S: Final = 0.5
+"""Well under the 3 s for which the edge waits for a ticket."""
+_FIRST_PAUSE_S: Final = 0.1
+_SETTLED_S: Final = 2.0
+"""A process that lived as long as this is started again at once."""
+
+# Looked up before any fork: between fork and exec nothing may be loaded.
+_prctl: Final = ctypes.CDLL(None, use_errno=True).prctl
+
+
+class Command(NamedTuple):
+    """What to run; the descriptors keep their numbers in the child."""
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    descriptors: Sequence[int] = ()
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if there is none.
+
+    With the pid it names a process for good, while a pid alone may come to name another.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the name in brackets, which may hold anything; the 22nd is meant.
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+class Child:
+    """One process that is started again when it ends."""
+
+    def __init__(self, name: str, logs: Path, command: Command) -> None:
+        self.name = name
+        self.restarts = 0
+        self._log_path = logs / f"{name}.log"
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_s = 0.0
+        self._pause_s = 0.0
+        self.due_s: float | None = 0.0
+        """When to start it, on the monotonic clock; None while it runs."""
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self, now_s: float) -> bool:
+        """Whether it runs now. A command that can't be run is tried again like one that ended."""
+        arguments, environment, descriptors = self._command
+        anchor = os.getpid()
+        try:
+            with self._log_path.open("ab") as output:
+                # The hook is safe: the anchor has one Python thread, and the hook only makes two
+                # system calls. (The signal comes when the *thread* that forked ends.)
+                self._process = subprocess.Popen(
+                    arguments,
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=descriptors,
+                    preexec_fn=lambda: _die_with(anchor),
+                )
+        except OSError as error:
+            _log.error("%s can't be started: %s", self.name, error)
+        self._started_s = now_s
+        self.due_s = None
+        if self._process is None:
+            self._plan_restart(now_s)
+        return self._process is not None
+
+    def ended(self, now_s: float) -> int | None:
+        """The exit status if it has ended since; its next start is then planned."""
+        if self._process is None or (status := self._process.poll()) is None:
+            return None
+        self._process = None
+        self._plan_restart(now_s)
+        return status
+
+    def _plan_restart(self, now_s: float) -> None:
+        """At once after a settled life, later and later after short ones."""
+        if now_s - self._started_s >= _SETTLED_S:
+            self._pause_s = 0.0
+        self.due_s = now_s + self._pause_s
+        self._pause_s = min(_LONGEST_PAUSE_S, self._pause_s * 2 or _FIRST_PAUSE_S)
+        self.restarts += 1
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Does nothing when it isn't running."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it ends within the time. For the anchor's own end; blocks."""
+        if self._process is None:
+            return True
+        try:
+            self._process.wait(max(0.0, timeout_s))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Its entry in anchor-state.json; `pid` is null while it isn't running."""
+        pid = self.pid
+        started = None if pid is None else start_time(pid)
+        return {"pid": pid, "start_time": started, "restarts": self.restarts}
+
+
+def _die_with(anchor: int) -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != anchor:  # It died before the line above took effect.
+        os._exit(1)
