@@ -9,7 +9,32 @@ import importlib.metadata
 import os
 from typing import Any, Final
 
+from cluster.config import Config
+from engine.spec import Role
+
 _CPU_KV_CACHE_BYTES: Final = 1 << 30
+
+
+def arguments(config: Config, role: Role) -> dict[str, Any]:
+    """The engine arguments of a pool: the user's, over the defaults for what is installed."""
+    wanted = config.engine_args_of(role)
+    if config.engine != "vllm":
+        return wanted
+    defaults = cpu_arguments() if is_cpu_install() else {}
+    if config.model.path is None:
+        defaults |= tiny_model_arguments()
+    if "gpu_memory_utilization" in wanted:
+        defaults.pop("kv_cache_memory_bytes", None)
+    return defaults | wanted
+
+
+def environment(config: Config, role: Role) -> dict[str, str]:
+    """Environment variables of a pool's engine processes: the user's, over the defaults."""
+    engines = config.prefill.replicas + config.decode.replicas
+    on_cpu = config.engine == "vllm" and is_cpu_install()
+    defaults = cpu_environment(engines) if on_cpu else {}
+    # The model is on this machine by now; an engine has nothing to ask a hub.
+    return {"HF_HUB_OFFLINE": "1"} | defaults | config.pool(role).environment
 
 
 def is_cpu_install() -> bool:
@@ -43,4 +68,5 @@ def cpu_environment(engines: int) -> dict[str, str]:
 
 def tiny_model_arguments() -> dict[str, Any]:
     """For the tiny model: what it writes is random, so guided JSON would fill up with spaces."""
-    return {"structured_outputs_config": {"disable_any_whitespace": True}}
+    choice = {"backend": "xgrammar", "disable_any_whitespace": True}
+    return {"structured_outputs_config": choice}

@@ -12,6 +12,7 @@ Loaded by vLLM in the engine process (`kv_connector_module_path`); nothing else 
 from __future__ import annotations
 
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -24,7 +25,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
     NixlPullConnectorScheduler,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.request import RequestStatus
 
 from kvstore.lease import lease_still_held
@@ -101,6 +104,8 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
         self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
+        if current_platform.is_cpu():
+            self.nixl_wrapper = _agent_that_does_not_spin()
         self._released: set[str] = set()
 
     def start_load_kv(self, metadata: BatonConnectorMetadata) -> None:
@@ -140,6 +145,21 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
         )
         self.xfer_stats.record_kv_expired_req()
         return True
+
+
+def _agent_that_does_not_spin() -> Any:
+    # NIXL's progress thread polls without a pause (its Python interface fixes the delay at 0): a
+    # whole core for each idle engine, which on CPUs is one that the models need. Without it
+    # transfers proceed in the calls that every engine step makes; an engine whose blocks wait to be
+    # fetched steps every millisecond. The lock is for the thread that shakes hands.
+    from nixl._api import nixl_thread_sync_t  # vLLM sets up UCX before NIXL is first imported
+
+    config = nixl_agent_config(
+        enable_prog_thread=False,
+        capture_telemetry=True,
+        sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+    )
+    return NixlWrapper(str(uuid.uuid4()), config)
 
 
 class BatonConnector(NixlPullConnector):  # type: ignore[misc]

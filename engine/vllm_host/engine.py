@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -38,7 +39,8 @@ _START_TIMEOUT_S: Final = 1800.0
 _STOP_TIMEOUT_S: Final = 5.0
 _IDLE_AFTER_S: Final = 0.5
 """A pause between steps that is longer is idling, not a slow step."""
-_LOG_TAIL_BYTES: Final = 4000
+_LOG_TAIL_BYTES: Final = 8000
+_ERROR_LINE: Final = re.compile(r"[\w.]+(Error|Exception|Exit)\b: ")
 
 
 class VllmEngine:
@@ -222,8 +224,16 @@ class VllmEngine:
             tail = log.read().decode(errors="replace")
         return EngineError(
             f"the engine process of {self._spec.worker_id} ended with status {status}; "
-            f"the end of {self._log_path}:\n{tail}"
+            f"its last words: {last_words(tail)} (all of them: {self._log_path})"
         )
+
+
+def last_words(log: str) -> str:
+    """The lines of a log that say best why its process ended: its last error, or its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [index for index, line in enumerate(lines) if _ERROR_LINE.match(line)]
+    start = errors[-1] if errors else len(lines) - 1
+    return " ".join(lines[max(0, start) : start + 3]) or "none"
 
 
 def _transport_devices(listen_host: str) -> dict[str, str]:

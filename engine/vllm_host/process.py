@@ -6,10 +6,12 @@ Run as `python -m engine.vllm_host.process LAUNCH_FILE` by `engine.py`; ends wit
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 from engine.vllm_host.launch import Launch, load
 
@@ -34,7 +36,7 @@ def run(launch: Launch) -> None:
     from engine.vllm_host.scheduler import BatonAsyncScheduler, BatonScheduler
 
     args = EngineArgs(
-        **launch.engine_args,
+        **_typed(launch.engine_args),
         worker_cls=f"{ResumingWorker.__module__}.{ResumingWorker.__qualname__}",
         kv_transfer_config={
             "kv_connector": launch.connector_class,
@@ -56,6 +58,24 @@ def run(launch: Launch) -> None:
         executor_class=Executor.get_class(config),
         log_stats=True,
     )
+
+
+def _typed(engine_args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with mappings turned into the configuration classes that vLLM expects.
+
+    Raises pydantic.ValidationError, which names what is wrong.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    kinds = {field.name: field.type for field in dataclasses.fields(EngineArgs)}
+    typed = dict(engine_args)
+    for name, value in engine_args.items():
+        # Some arguments are mappings in vLLM, too; those stay.
+        choices = [kinds.get(name), *get_args(kinds.get(name))]
+        classes = [kind for kind in choices if dataclasses.is_dataclass(kind)]
+        if isinstance(value, dict) and classes:
+            typed[name] = classes[0](**value)
+    return typed
 
 
 def main() -> None:
