@@ -1,0 +1,35 @@
+"""The live cluster: real vLLM, Ray, NIXL, HAProxy and fronts; started once for the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from tests.live.cluster_process import BatonServe
+
+CONFIG: dict[str, Any] = {
+    # Every request is handed over, whatever its length.
+    "router": {"local_prefill_max_tokens": 0},
+    "model": {"tool_call_parser": "hermes"},
+}
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="session")
+def cluster(tiny_model: object) -> Iterator[BatonServe]:
+    """One prefill and one decode worker."""
+    serve = BatonServe.start(dict(CONFIG))
+    try:
+        took_s = serve.until_healthy()
+        print(f"\nhealthy after {took_s:.1f} s")
+        yield serve
+    finally:
+        serve.interrupt()
+
+
+@pytest.fixture(scope="session")
+def client(cluster: BatonServe) -> OpenAI:
+    return OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
