@@ -1,1 +1,1 @@
-"""Composition root of the live system: configuration, supervisor, operator API and the `baton` command."""
+"""Composition root: configuration, supervisor, operator API and the `baton` command."""

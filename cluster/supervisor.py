@@ -1,0 +1,335 @@
+"""The supervisor: an actor that starts workers, replaces dead ones and tells routers who is there.
+
+A shell: what to start is decided by `cluster.pools`; the operator API is `cluster.admin_api`.
+It stands in no request's path. Restarted by Ray, it adopts the workers that it finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from cluster import engine_defaults
+from cluster.admin_api import AdminApi
+from cluster.config import Config
+from cluster.pools import BecameReady, Begun, Died, Event, Pools, Slot, Start, Tick, role_of
+from engine.spec import Role, WorkerAddress, WorkerSpec
+from protos.ids import WorkerId
+from protos.membership import Member, Membership
+
+logger = logging.getLogger(__name__)
+
+NAME: Final = "supervisor"
+WORKER_CLASSES: Final[dict[Role, str]] = {
+    "prefill": "prefill_workers.actor:PrefillWorker",
+    "decode": "decode_workers.actor:DecodeWorker",
+}
+_POLL_S: Final = 10.0
+"""A question for news is answered after this time at the latest, so that askers notice a death."""
+_ADOPT_S: Final = 5.0
+_STOP_S: Final = 4.0
+_KEPT_NEWS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorSettings:
+    """What it is started with, also after a restart."""
+
+    config: Config
+    model: str
+    """Directory of the model, by now on this machine."""
+    served_names: list[str]
+    link_token: str
+    run_directory: str
+    admin_socket: str
+    worker_classes: dict[Role, str] = field(default_factory=lambda: dict(WORKER_CLASSES))
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something that `baton serve` tells the person at the terminal."""
+
+    number: int
+    subject: str
+    """A worker's id or a router's."""
+    kind: Literal["starting", "ready", "failed", "died"]
+    reason: str
+    """Why it failed or died; for `starting`, why the one died whose place it takes."""
+    duration_s: float
+    """For `ready`: how long the start took."""
+    fatal: bool
+    """Nothing like it has ever been ready: another attempt would end the same way."""
+
+
+@dataclass(slots=True)
+class Unit:
+    """A router unit that asked for the membership."""
+
+    router_id: str
+    node: str
+    directory: Path
+    seen_s: float
+
+
+class Supervisor:
+    """See the module. Methods other than `start_serving` may be called at any time."""
+
+    def __init__(self, settings: SupervisorSettings) -> None:
+        config = settings.config
+        self.settings = settings
+        self.started_s = time.time()
+        self.pools = Pools({"prefill": config.prefill.replicas, "decode": config.decode.replicas})
+        self.addresses: dict[WorkerId, WorkerAddress] = {}
+        self.units: dict[str, Unit] = {}
+        self._actors: dict[WorkerId, Any] = {}
+        # Versions only grow, also over restarts of the supervisor.
+        self._version = time.time_ns() // 1_000_000
+        self._news: list[News] = []
+        self._news_count = 0
+        self._was_ready: set[Role] = set()
+        self._units_ran: set[str] = set()
+        self._changed = asyncio.Condition()
+        self._closing = False
+        self._admin_api = AdminApi(self)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._run())
+
+    # Asked from outside
+
+    async def news_after(self, number: int) -> list[News]:
+        """What happened after the news of that number; waits a while for some."""
+        await self._wait_until(lambda: self._news_count > number)
+        return [news for news in self._news if news.number > number]
+
+    async def membership_after(
+        self, router_id: str, node: str, directory: str, version: int
+    ) -> Membership | None:
+        """A router unit's question: waits a while for a newer membership; None: end yourself."""
+        self.units[router_id] = Unit(router_id, node, Path(directory), time.time())
+        await self._wait_until(lambda: self._closing or self._version > version)
+        return None if self._closing else self.membership()
+
+    async def unit_changed(self, router_id: str, problem: str | None) -> None:
+        """A router unit's anchor runs, or why it does not."""
+        if problem is None:
+            self._units_ran.add(router_id)
+            self._tell(router_id, "ready", "")
+        else:
+            self._tell(router_id, "failed", problem, fatal=router_id not in self._units_ran)
+        await self._notify()
+
+    async def stop(self) -> None:
+        """End the workers, and let the units end themselves."""
+        self._closing = True
+        await self._notify()
+        actors = list(self._actors.values())
+        stops = [asyncio.ensure_future(_settle(actor.stop.remote())) for actor in actors]
+        if stops:
+            await asyncio.wait(stops, timeout=_STOP_S)
+        for actor in actors:
+            ray.kill(actor)
+
+    def membership(self) -> Membership:
+        """Who can serve now."""
+        return Membership(
+            self._version,
+            [
+                Member(a.worker_id, a.incarnation, a.role, a.address, a.node, a.pid)
+                for a in self.addresses.values()
+            ],
+        )
+
+    # Its own life
+
+    async def _run(self) -> None:
+        await self._admin_api.listen(Path(self.settings.admin_socket))
+        names = await asyncio.to_thread(ray.util.list_named_actors)
+        workers = [WorkerId(name) for name in names if role_of(name) is not None]
+        found = await asyncio.gather(*(self._find(worker_id) for worker_id in workers))
+        addresses = [address for address in found if address is not None]
+        for address in addresses:
+            self._admit(address)
+        await self._handle(Begun({address.worker_id: address.role for address in addresses}))
+        for address in addresses:
+            self._tell(address.worker_id, "ready", "")
+            self._spawn(self._watch(address.worker_id, self._actors[address.worker_id]))
+
+    async def _handle(self, event: Event) -> None:
+        before = {slot.worker_id for slot in self.pools.slots()}
+        for command in self.pools.handle(time.monotonic(), event):
+            if isinstance(command, Start):
+                self._spawn(self._run_worker(command))
+            else:
+                self._spawn(self._tick_at(command.at_s))
+        for slot in self.pools.slots():
+            if slot.worker_id not in before and slot.state == "starting":
+                self._tell(slot.worker_id, "starting", slot.reason)
+        await self._notify()
+
+    async def _tick_at(self, at_s: float) -> None:
+        await asyncio.sleep(at_s - time.monotonic())
+        if not self._closing:
+            await self._handle(Tick())
+
+    async def _run_worker(self, start: Start) -> None:
+        """Start a worker and watch it until it dies."""
+        spec = self._spec(start)
+        os.makedirs(spec.run_directory, mode=0o700, exist_ok=True)
+        actor = self._create(spec)
+        self._actors[start.worker_id] = actor
+        began_s = time.monotonic()
+        try:
+            address = await actor.start.remote()
+        except RayError as error:
+            await self._bury(start.worker_id, actor, describe(error))
+            return
+        self._admit(address)
+        self._tell(start.worker_id, "ready", "", duration_s=time.monotonic() - began_s)
+        await self._handle(BecameReady(start.worker_id))
+        await self._watch(start.worker_id, actor)
+
+    async def _watch(self, worker_id: WorkerId, actor: Any) -> None:
+        """Wait for its death: the pending call fails at once."""
+        try:
+            await actor.run_until_closed.remote()
+            reason = "it closed"
+        except RayError as error:
+            reason = describe(error)
+        await self._bury(worker_id, actor, reason)
+
+    async def _find(self, worker_id: WorkerId) -> WorkerAddress | None:
+        """A worker that serves; one that does not answer, or was still starting, is ended."""
+        actor = await asyncio.to_thread(ray.get_actor, worker_id)
+        try:
+            status = await asyncio.wait_for(_ask(actor.status.remote()), _ADOPT_S)
+        except (RayError, TimeoutError):
+            status = {}
+        address: WorkerAddress | None = status.get("address")
+        if address is None:
+            ray.kill(actor)
+        else:
+            self._actors[worker_id] = actor
+        return address
+
+    def _admit(self, address: WorkerAddress) -> None:
+        """It is a member from now on."""
+        self.addresses[address.worker_id] = address
+        self._was_ready.add(address.role)
+        self._version += 1
+
+    async def _bury(self, worker_id: WorkerId, actor: Any, reason: str) -> None:
+        if self._closing:
+            return
+        ray.kill(actor)
+        del self._actors[worker_id]
+        slot = self._slot(worker_id)
+        if slot.state == "starting":
+            self._tell(worker_id, "failed", reason, fatal=slot.role not in self._was_ready)
+        else:
+            self._tell(worker_id, "died", reason)
+        if self.addresses.pop(worker_id, None) is not None:
+            self._version += 1
+        await self._handle(Died(worker_id, reason))
+
+    # Helpers
+
+    def _spec(self, start: Start) -> WorkerSpec:
+        config = self.settings.config
+        return WorkerSpec(
+            worker_id=start.worker_id,
+            role=start.role,
+            engine=config.engine,
+            model=self.settings.model,
+            run_directory=f"{self.settings.run_directory}/workers/{start.worker_id}",
+            link_token=self.settings.link_token,
+            kv_lease_s=config.kv.lease_s,
+            engine_args=engine_defaults.arguments(config, start.role),
+            environment=engine_defaults.environment(config, start.role),
+            simulated=config.simulated.timing(),
+        )
+
+    def _create(self, spec: WorkerSpec) -> Any:
+        module, _, name = self.settings.worker_classes[spec.role].partition(":")
+        worker_class = getattr(importlib.import_module(module), name)
+        gpus = 0
+        if spec.engine == "vllm" and ray.cluster_resources().get("GPU", 0):
+            arguments = spec.engine_args
+            gpus = arguments.get("tensor_parallel_size", 1) * arguments.get(
+                "pipeline_parallel_size", 1
+            )
+        options = {"name": spec.worker_id, "lifetime": "detached", "num_cpus": 0, "num_gpus": gpus}
+        return ray.remote(worker_class).options(**options).remote(spec)
+
+    def _slot(self, worker_id: WorkerId) -> Slot:
+        return next(slot for slot in self.pools.slots() if slot.worker_id == worker_id)
+
+    def _tell(
+        self,
+        subject: str,
+        kind: Literal["starting", "ready", "failed", "died"],
+        reason: str,
+        *,
+        duration_s: float = 0.0,
+        fatal: bool = False,
+    ) -> None:
+        self._news_count += 1
+        news = News(self._news_count, subject, kind, reason, duration_s, fatal)
+        self._news = [*self._news[-_KEPT_NEWS:], news]
+        logger.info("%s %s %s", subject, kind, reason)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
+        try:
+            async with self._changed, asyncio.timeout(_POLL_S):
+                await self._changed.wait_for(condition)
+        except TimeoutError:
+            return
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a defect of the supervisor", exc_info=error)
+
+
+def describe(error: RayError) -> str:
+    """Why a call to a worker failed, in one line."""
+    if isinstance(error, RayTaskError):
+        return " ".join(str(error.cause).split())
+    if isinstance(error, ActorDiedError):
+        text = " ".join(str(error).split())
+        detail = text.partition("Worker exit detail: ")[2].partition(" Some common causes")[0]
+        if "connection error code 2" in detail:
+            return "its process died"
+        return detail or text
+    return " ".join(str(error).split())
+
+
+async def _ask(reference: Any) -> Any:
+    """A Ray reference as a coroutine."""
+    return await reference
+
+
+async def _settle(reference: Any) -> None:
+    """Wait for an answer or a death."""
+    try:
+        await reference
+    except RayError as error:
+        logger.info("while stopping: %s", describe(error))

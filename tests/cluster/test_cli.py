@@ -1,0 +1,180 @@
+"""The command: quick help, exit codes, one sentence per error; and the port check."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.ports import check_port, url
+from cluster.status import explain, show_status
+from protos.errors import BatonError, ConfigError
+
+_ROOT = Path(__file__).parents[2]
+
+
+def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class _Operator(http.server.BaseHTTPRequestHandler):
+    """Answers as the operator API does."""
+
+    answers: dict[str, Any] = {  # noqa: RUF012
+        "/cluster": {
+            "baton_version": "0.1.0",
+            "uptime_s": 3723,
+            "engine": "simulated",
+            "model": {"path": "/m", "served_names": ["tiny"]},
+            "pools": {
+                "prefill": {"wanted": 1, "ready": 1, "last_failures": []},
+                "decode": {"wanted": 2, "ready": 1, "last_failures": []},
+            },
+            "routers": 1,
+        },
+        "/cluster/workers": {
+            "workers": [
+                {
+                    "id": "decode-2",
+                    "state": "ready",
+                    "since": 0,
+                    "pid": 42,
+                    "restarts": 1,
+                    "last_failure": "its process died",
+                    "load": {"running": 3, "waiting": 0, "kv_blocks_used": 7, "kv_blocks_total": 9},
+                }
+            ]
+        },
+        "/cluster/requests/abc": {"id": "abc", "attempts": [{"worker": "decode-2", "why": "idle"}]},
+    }
+
+    def do_GET(self) -> None:
+        answer = self.answers.get(self.path)
+        self.send_response(200 if answer else 404)
+        self.end_headers()
+        error = {"error": {"message": "no router knows a request xyz"}}
+        self.wfile.write(json.dumps(answer or error).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def operator() -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Operator)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def test_help_is_quick_and_lists_the_commands() -> None:
+    took_s = []
+    for _ in range(2):  # The first may compile.
+        began_s = time.monotonic()
+        result = baton("--help")
+        took_s.append(time.monotonic() - began_s)
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("serve", "status", "explain", "config"))
+    assert min(took_s) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--port", "0"], "baton serve: http.port must be greater than or equal to 1"),
+        (["serve", "--engine", "vlm"], "baton serve: engine must be 'vllm' or 'simulated'"),
+        (["serve", "--config", "/gone.yaml"], "/gone.yaml can't be read"),
+        (["config", "--config", "/gone.yaml"], "baton config: the configuration file"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_code_2(arguments: list[str], message: str) -> None:
+    result = baton(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_status_where_nobody_listens() -> None:
+    result = baton("status", "--url", f"http://127.0.0.1:{free_port()}")
+    assert result.returncode == 1
+    assert "start one with `baton serve`" in result.stderr
+
+
+def test_config_prints_what_is_in_effect() -> None:
+    assert "port: 8000" in baton("config").stdout
+
+
+def test_a_free_port_is_fine() -> None:
+    check_port("127.0.0.1", free_port())
+
+
+def test_a_port_that_a_stranger_holds_is_named_with_its_holder() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            check_port("127.0.0.1", port)
+    message = str(caught.value)
+    assert f"port {port} on 127.0.0.1 is taken by" in message
+    assert "--port" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_port_that_another_baton_holds_is_told_so(operator: int) -> None:
+    with pytest.raises(ConfigError, match="is held by another `baton serve`"):
+        check_port("127.0.0.1", operator)
+    result = baton("serve", "--engine", "simulated", "--port", str(operator))
+    assert result.returncode == 2
+
+
+def test_an_address_of_another_machine() -> None:
+    with pytest.raises(ConfigError, match="is no address of this machine"):
+        check_port("192.0.2.77", 8000)
+
+
+def test_urls() -> None:
+    assert url("0.0.0.0", 80) == "http://127.0.0.1:80"
+    assert url("::1", 80) == "http://[::1]:80"
+
+
+def test_status_shows_pools_and_workers(operator: int) -> None:
+    console = Console(record=True, width=100)
+    show_status(f"http://127.0.0.1:{operator}", console)
+    text = console.export_text()
+    assert "tiny on simulated, up 1:02:03" in text
+    assert "prefill 1 of 1, decode 1 of 2" in text
+    assert "7/9" in text
+    assert "its process died" in text
+
+
+def test_explain_prints_a_request_or_why_not(operator: int) -> None:
+    console = Console(record=True, width=100)
+    explain(f"http://127.0.0.1:{operator}", "abc", console)
+    assert "decode-2" in console.export_text()
+    with pytest.raises(BatonError, match="no router knows a request xyz"):
+        explain(f"http://127.0.0.1:{operator}", "xyz", console)
