@@ -24,6 +24,8 @@ _ENVIRONMENT: Final = {
     # Workers that nobody asked for would take a second of CPU each, while engines load.
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    # Ray makes its workers yield to everything else; here they are what the machine is for.
+    "RAY_worker_niceness": "0",
     # Makes the node's address 127.0.0.1; otherwise Ray listens on all interfaces.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
