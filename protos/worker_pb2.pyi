@@ -121,18 +121,20 @@ class Welcome(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., worker_incarnation: _Optional[int] = ..., role: _Optional[str] = ..., engine_tag: _Optional[str] = ..., block_size_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., max_model_len_tokens: _Optional[int] = ..., ready_payload: _Optional[bytes] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ...) -> None: ...
 
 class Held(_message.Message):
-    __slots__ = ("request_key", "attempt", "first_position", "next_position", "ended")
+    __slots__ = ("request_key", "attempt", "first_position", "next_position", "ended", "aborted")
     REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
     NEXT_POSITION_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    ABORTED_FIELD_NUMBER: _ClassVar[int]
     request_key: str
     attempt: int
     first_position: int
     next_position: int
     ended: bool
-    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., first_position: _Optional[int] = ..., next_position: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
+    aborted: bool
+    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., first_position: _Optional[int] = ..., next_position: _Optional[int] = ..., ended: _Optional[bool] = ..., aborted: _Optional[bool] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("outputs", "load")

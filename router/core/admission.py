@@ -1,0 +1,60 @@
+"""What a front's request must be, and what the router makes of it before an engine sees it.
+
+Pure. Whatever a client put into engine-internal fields is overwritten or refused here, whichever
+front it came through.
+"""
+
+from __future__ import annotations
+
+from protos.enginecore import EngineRequest, strip_internal_arguments
+from router.core.placement import Shape
+
+DEFAULT_MAX_TOKENS = 16
+"""vLLM's, where a front leaves the field out."""
+
+
+def refusal(request: EngineRequest) -> str | None:
+    """Why this request can't be served, as a sentence for its record; None if it can."""
+    if request.pooling_params is not None or request.sampling_params is None:
+        return "Only generation is served, not embeddings or other pooling."
+    if request.mm_features:
+        return "Images, audio and video are not served."
+    if request.prompt_embeds is not None:
+        return "Prompts are served as tokens, not as embeddings."
+    if request.lora_request is not None:
+        return "Adapters are not served."
+    if not request.prompt_token_ids:
+        return "The prompt is empty."
+    return None
+
+
+def too_long(shape: Shape, max_model_len_tokens: int | None) -> str | None:
+    """Why no worker can hold it. An output that does not fit is cut by the engine, as in vLLM."""
+    if max_model_len_tokens is None or shape.prompt_tokens < max_model_len_tokens:
+        return None
+    return (
+        f"The prompt has {shape.prompt_tokens} tokens, which leaves no room for output in the "
+        f"context of {max_model_len_tokens}."
+    )
+
+
+def take_over(request: EngineRequest) -> list[str]:
+    """Overwrite what is the router's to say; returns the names of arguments that were removed."""
+    request.priority = 0
+    request.data_parallel_rank = None
+    request.kv_hints = None
+    request.client_index = 0
+    request.current_wave = 0
+    request.abort_immediately = False
+    request.resumable = False
+    return strip_internal_arguments(request)
+
+
+def shape_of(request: EngineRequest) -> Shape:
+    """What placement may know of it."""
+    params = request.sampling_params or {}
+    return Shape(
+        prompt_tokens=len(request.prompt_token_ids or ()),
+        max_tokens=params.get("max_tokens", DEFAULT_MAX_TOKENS),
+        prompt_logprobs=params.get("prompt_logprobs") is not None,
+    )

@@ -1,0 +1,295 @@
+"""Everything that crosses the router core's boundary: events in, commands out.
+
+Values only. The two that come once per token are msgspec structs, which are made five times as fast
+as frozen dataclasses; a command that is a message of the anchor's link is that message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import TypeAlias
+
+from msgspec import Struct
+
+from engine.base import EngineLoad
+from protos.anchor_link import Deliver
+from protos.enginecore import EngineRequest
+from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
+
+
+class Role(StrEnum):
+    """A label: every engine can do both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Finish(IntEnum):
+    """How an attempt ended, as workers say it."""
+
+    NOT_FINISHED = 0
+    STOP = 1
+    LENGTH = 2
+    ABORTED = 3
+    ERROR = 4
+    REPETITION = 5
+
+
+class End(StrEnum):
+    """Every accepted request ends in exactly one of these."""
+
+    COMPLETE = "complete"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptUse:
+    """How an engine came by a prompt's KV state, in tokens."""
+
+    prompt_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    transferred_tokens: int
+
+
+class OutputReport(Struct, frozen=True, gc=False):
+    """What one step added to one attempt."""
+
+    key: RequestKey
+    attempt: Attempt
+    first_position: int
+    token_ids: Sequence[int]
+    payload: bytes
+    """The engine's output under the front's request id, to be forwarded as it is."""
+    finish: int = Finish.NOT_FINISHED
+    manifest: bytes = b""
+    """Set on the last output of an attempt that was handed off."""
+    error: str = ""
+    prompt_use: PromptUse | None = None
+
+
+# Events: requests
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A front's new request. `ticket` is None if it carries none that this cluster issued."""
+
+    key: RequestKey
+    request: EngineRequest
+    ticket: TicketId | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecovered:
+    """A request that was under way when this router started."""
+
+    key: RequestKey
+    request: EngineRequest
+    ticket: TicketId | None
+    given_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTaken:
+    """All that the anchor remembers; comes once, before the first worker is up."""
+
+    underway: tuple[RequestRecovered, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAborted:
+    """The front no longer wants it: its client left, or a stop string matched."""
+
+    key: RequestKey
+
+
+@dataclass(frozen=True, slots=True)
+class FrontGone:
+    """A front ended, and all its requests with it."""
+
+    front: int
+
+
+@dataclass(frozen=True, slots=True)
+class TicketAsked:
+    """The edge wants to pass a request on. `ticket` is the id that it gets if it may."""
+
+    ticket: TicketId
+    method: str
+    path: str
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeEnded:
+    """How a response ended at the edge."""
+
+    ticket: TicketId
+    status: str
+    termination: str
+
+
+# Events: workers
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAttempt:
+    """An attempt of this router that a worker still keeps."""
+
+    key: RequestKey
+    attempt: Attempt
+    first_position: int
+    next_position: int
+    ended: bool
+    aborted: bool = False
+    """Ended by an AbortOn: not whole, and nothing follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUp:
+    """A link to a worker stands; `held` is what it still keeps for this router."""
+
+    worker: WorkerId
+    incarnation: Incarnation
+    role: Role
+    engine_tag: str
+    block_size_tokens: int
+    kv_blocks_total: int
+    max_model_len_tokens: int
+    held: tuple[HeldAttempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLinkBroken:
+    """The link ended; the worker may live and keep its requests."""
+
+    worker: WorkerId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDead:
+    """The worker is gone or counts as gone. `incarnation` is None if it never was up."""
+
+    worker: WorkerId
+    incarnation: Incarnation | None
+    why: str
+
+
+class StepReported(Struct, frozen=True, gc=False):
+    """One engine step: its outputs for this router, and the engine's load after it."""
+
+    worker: WorkerId
+    incarnation: Incarnation
+    outputs: Sequence[OutputReport]
+    load: EngineLoad | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemberFacts:
+    """What the membership says of one worker."""
+
+    worker: WorkerId
+    role: Role
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChanged:
+    """All workers there should be."""
+
+    members: tuple[MemberFacts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; comes a few times a second."""
+
+
+Event: TypeAlias = (
+    RequestArrived | SnapshotTaken | RequestAborted | FrontGone | TicketAsked | EdgeEnded
+    | WorkerUp | WorkerLinkBroken | WorkerDead | StepReported | MembershipChanged | Tick
+)  # fmt: skip
+
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """resume(tokens so far, manifest of where the prompt's blocks are) on a worker."""
+
+    worker: WorkerId
+    key: RequestKey
+    attempt: Attempt
+    engine_request: bytes
+    output_token_ids: tuple[int, ...] = ()
+    manifest: bytes = b""
+    hand_off: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AbortOn:
+    """End an attempt and free its blocks, also those that wait to be fetched."""
+
+    worker: WorkerId
+    key: RequestKey
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop the outputs kept of an attempt: its request has ended and its front was told."""
+
+    worker: WorkerId
+    key: RequestKey
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Resend:
+    """Send everything from this position on again."""
+
+    worker: WorkerId
+    key: RequestKey
+    attempt: Attempt
+    from_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class TicketGranted:
+    """Answer of a TicketAsked."""
+
+    ticket: TicketId
+
+
+@dataclass(frozen=True, slots=True)
+class TicketRefused:
+    """Answer of a TicketAsked."""
+
+    status: int
+    retry_after_s: int | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request is over. Times are None where nothing was measured (recovered, no token)."""
+
+    key: RequestKey
+    end: End
+    error: str = ""
+    output_tokens: int = 0
+    time_to_first_token_s: float | None = None
+    duration_s: float | None = None
+    time_per_output_token_s: float | None = None
+    """Mean over the tokens after the first."""
+
+
+Command: TypeAlias = (
+    Deliver | Submit | AbortOn | Forget | Resend | TicketGranted | TicketRefused | Ended
+)

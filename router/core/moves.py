@@ -1,0 +1,236 @@
+"""The verbs of a request's life: each changes its state, reserves, and notes what is to be sent.
+
+Boundary: knows requests, workers and the placement policy; which event calls for which verb is
+decided in `router`, `outputs` and `recovery`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from protos.ids import Attempt, RequestKey, WorkerId
+from router.core.admission import too_long
+from router.core.events import Command, End, Ended, Submit
+from router.core.lifecycle import Engagement, Request, State, Trigger
+from router.core.outbox import Counts, Outbox
+from router.core.placement import Decision, Placement, View
+from router.core.records import AttemptRecord
+from router.core.workers import Reservation, Worker, WorkerPool
+
+MAX_DEATHS: Final = 2
+"""A request that was on this many workers as they died is not given another."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSettings:
+    """What the core is configured with."""
+
+    expect_prefill: bool
+    local_prefill_max_tokens: int
+    kept_records: int = 10_000
+    resume_streams: bool = False
+    """Resume a stream whose worker died after adding to it; else its client is told."""
+
+
+class Moves:
+    """All requests under way, and the verbs."""
+
+    def __init__(self, settings: CoreSettings, placement: Placement, pool: WorkerPool) -> None:
+        self.requests: dict[RequestKey, Request] = {}
+        self.waiting: dict[RequestKey, Request] = {}
+        """Those on no worker, oldest first."""
+        self.counts = Counts()
+        self.outbox = Outbox(self.counts)
+        self.pool = pool
+        self._settings = settings
+        self._placement = placement
+        self._view = View(pool, settings.expect_prefill, settings.local_prefill_max_tokens)
+
+    # Placing and submitting
+
+    def place(self, now_s: float, request: Request) -> None:
+        """Decide, reserve and submit; a request that nobody can take waits."""
+        problem = too_long(request.shape, self.pool.max_model_len_tokens)
+        if problem is not None:
+            self.fail(now_s, request, problem)
+            return
+        shape = request.shape
+        if request.position:
+            shape = replace(shape, output_tokens=request.position)
+        decision = self._placement.place(self._view, shape)
+        if decision is None:
+            self.waiting[request.key] = request
+            return
+        self.waiting.pop(request.key, None)
+        request.record.decisions.append(decision)
+        self.counts.decisions[decision.reason] += 1
+        self._carry_out(now_s, request, decision)
+
+    def _carry_out(self, now_s: float, request: Request, decision: Decision) -> None:
+        worker = self._chosen(decision.worker)
+        request.reservation = Reservation(worker, requests=1).take()
+        if request.position:
+            self._resume_on(now_s, request, worker)
+            return
+        hand_off = decision.prefill is not None
+        first = self._chosen(decision.prefill) if decision.prefill is not None else worker
+        trigger = Trigger.PREFILL_SUBMITTED if hand_off else Trigger.WHOLE_SUBMITTED
+        request.reserve_prefill(first)
+        attempt = self._start(now_s, request, first, trigger)
+        self.outbox.note(Submit(first.id, request.key, attempt, request.payload, hand_off=hand_off))
+
+    def _chosen(self, worker_id: WorkerId) -> Worker:
+        worker = self.pool.get(worker_id)
+        assert worker is not None, f"the policy chose {worker_id}, which is not there"
+        return worker
+
+    def _resume_on(self, now_s: float, request: Request, worker: Worker) -> None:
+        """Submit the tokens so far, and where the prompt's blocks are if another has them."""
+        assert not request.unknown_tokens, "tokens that are not known can't be injected"
+        source = request.source
+        # An engine has no transfer to itself; its prefix cache still holds the prompt.
+        manifest = request.manifest if source is not None and source.worker is not worker else b""
+        if not manifest:
+            request.reserve_prefill(worker)
+        tokens = tuple(request.tokens)
+        attempt = self._start(
+            now_s, request, worker, Trigger.RESUME_SUBMITTED, len(tokens), bool(manifest)
+        )
+        self.outbox.note(Submit(worker.id, request.key, attempt, request.payload, tokens, manifest))
+
+    def _start(
+        self,
+        now_s: float,
+        request: Request,
+        worker: Worker,
+        trigger: Trigger,
+        injected_tokens: int = 0,
+        with_manifest: bool = False,
+    ) -> Attempt:
+        attempt = request.next_attempt()
+        request.current = request.engage(attempt, worker)
+        request.record.attempts.append(
+            AttemptRecord(attempt, worker.id, worker.role, now_s, injected_tokens, with_manifest)
+        )
+        request.advance(now_s, trigger, f"attempt {attempt} on {worker.id}, {trigger}")
+        return attempt
+
+    def hand_off(self, now_s: float, request: Request, manifest: bytes) -> None:
+        """Its first token is made and its blocks wait: on to the worker chosen at arrival."""
+        request.source, request.manifest = request.current, manifest
+        request.record.handed_off_s = now_s
+        self.counts.handoffs += 1
+        self._resume(now_s, request)
+
+    def _resume(self, now_s: float, request: Request) -> None:
+        """On the worker that is reserved, or if that can't be used any more, on another."""
+        reserved = request.reservation.worker if request.reservation is not None else None
+        source = request.source.worker if request.source is not None else None
+        if reserved is not None and reserved.usable and reserved is not source:
+            request.release_prefill()
+            self._resume_on(now_s, request, reserved)
+            return
+        if request.state is not State.WAITING:
+            request.advance(now_s, Trigger.PARKED, "the worker chosen for it can't be used")
+        request.unassign()
+        self.place(now_s, request)
+
+    def place_again(self, now_s: float, request: Request, why: str) -> None:
+        """It is on no worker any more: find another."""
+        self.counts.resubmissions += 1
+        request.advance(now_s, Trigger.PARKED, why)
+        request.unassign()
+        self.place(now_s, request)
+
+    # Ends
+
+    def complete(self, now_s: float, request: Request) -> None:
+        """Its last output was given."""
+        if request.current is not None:
+            request.settle(request.current)
+        self._end(now_s, request, End.COMPLETE)
+
+    def cancel(self, now_s: float, request: Request, why: str) -> None:
+        """Nobody wants it any more."""
+        self._end(now_s, request, End.CANCELLED, why)
+
+    def fail(self, now_s: float, request: Request, error: str) -> None:
+        """Tell the client that it can't go on."""
+        self.outbox.give_error(request)
+        self._end(now_s, request, End.FAILED, error)
+
+    def engine_failed(self, now_s: float, request: Request, error: str) -> None:
+        """Its engine ended it with an error."""
+        if request.current is not None:
+            request.settle(request.current)
+        self.fail(now_s, request, error)
+
+    def _end(self, now_s: float, request: Request, end: End, why: str = "") -> None:
+        request.advance(now_s, Trigger.END, f"{end}: {why}" if why else end)
+        request.release()
+        del self.requests[request.key]
+        self.waiting.pop(request.key, None)
+        for engagement in request.engagements:
+            if engagement.live:
+                self.outbox.abort(request, engagement)
+            if end is End.CANCELLED:
+                self.outbox.forget(request.key, engagement)
+            else:
+                self.outbox.forget_later(now_s, request.key, engagement)
+        record = request.record
+        record.ended_s, record.end, record.error = now_s, end, why
+        record.output_tokens = request.position
+        self.outbox.note(_ended(request, end, now_s))
+
+    # Loss
+
+    def lose(
+        self, now_s: float, request: Request, lost: Sequence[Engagement], why: str, died: bool
+    ) -> None:
+        """These attempts are gone, with their worker if it `died`."""
+        for engagement in lost:
+            request.settle(engagement)
+        if request.source in lost:
+            request.source, request.manifest = None, b""
+        request.deaths += died
+        if request.deaths >= MAX_DEATHS:
+            self.fail(now_s, request, f"It was on {request.deaths} workers as they died; {why}.")
+        elif request.current is not None and request.current in lost:
+            self._lose_current(now_s, request, request.current, why)
+        elif request.current is not None and request.state is State.HANDING_OFF:
+            # The blocks may not have been fetched: compute them again rather than wait for them.
+            self.counts.resubmissions += 1
+            self.outbox.drop(request, request.current)
+            request.advance(now_s, Trigger.PARKED, why)
+            self._resume(now_s, request)
+
+    def _lose_current(self, now_s: float, request: Request, lost: Engagement, why: str) -> None:
+        if self._may_resume(request, lost):
+            # What was fetched of the blocks is unknown, and so is whether they are still there.
+            self.outbox.abort_source(request)
+            self.place_again(now_s, request, why)
+        else:
+            self.fail(now_s, request, f"Its worker was lost while it generated; {why}.")
+
+    def _may_resume(self, request: Request, lost: Engagement) -> bool:
+        if request.unknown_tokens or (request.position and request.shape.prompt_logprobs):
+            return False
+        return self._settings.resume_streams or not lost.spoke
+
+
+def _ended(request: Request, end: End, now_s: float) -> Command:
+    record = request.record
+    if record.recovered:
+        return Ended(request.key, end, record.error, request.position)
+    first_s, later_tokens = record.first_token_s, request.position - 1
+    per_token_s = None
+    if first_s is not None and later_tokens > 0:
+        per_token_s = (now_s - first_s) / later_tokens
+    return Ended(
+        request.key, end, record.error, request.position,
+        time_to_first_token_s=None if first_s is None else first_s - record.arrived_s,
+        duration_s=now_s - record.arrived_s,
+        time_per_output_token_s=per_token_s,
+    )  # fmt: skip

@@ -1,0 +1,151 @@
+"""What happened to each request and why: kept for a while after its end, for people.
+
+Pure. Times come in as the core's clock gives them; `as_json` turns them into wall-clock time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from protos.ids import RequestKey, TicketId, WorkerId
+from router.core.events import End, PromptUse
+from router.core.placement import Decision
+
+TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
+"""A ticket id, within the ids that fronts make of it: `cmpl-TICKET-0`, `chatcmpl-TICKET`."""
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """One submission to a worker."""
+
+    attempt: int
+    worker: WorkerId
+    role: str
+    at_s: float
+    injected_tokens: int
+    """Output tokens that it started with."""
+    with_manifest: bool
+    prompt_use: PromptUse | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """One engine request's story."""
+
+    key: RequestKey
+    arrived_s: float
+    prompt_tokens: int
+    max_tokens: int | None
+    recovered: bool = False
+    first_token_s: float | None = None
+    handed_off_s: float | None = None
+    resumed_s: float | None = None
+    """First output of the worker that it was handed to."""
+    ended_s: float | None = None
+    end: End | None = None
+    error: str = ""
+    output_tokens: int = 0
+    stripped_arguments: list[str] = field(default_factory=list)
+    """Engine-internal arguments that its client sent and that were removed."""
+    decisions: list[Decision] = field(default_factory=list)
+    attempts: list[AttemptRecord] = field(default_factory=list)
+    story: list[tuple[float, str]] = field(default_factory=list)
+
+    def note(self, now_s: float, what: str) -> None:
+        """Append to the story."""
+        self.story.append((now_s, what))
+
+    def tell(self) -> str:
+        """The story, a line per step, in seconds since its arrival."""
+        return "\n".join(f"{at_s - self.arrived_s:9.3f} s  {what}" for at_s, what in self.story)
+
+    def as_json(self, wall_offset_s: float) -> dict[str, Any]:
+        """Plain values. `wall_offset_s` is wall-clock time minus the core's."""
+        times = ("arrived_s", "first_token_s", "handed_off_s", "resumed_s", "ended_s")
+        answer = asdict(self)
+        for name in times:
+            at_s = answer.pop(name)
+            answer[name.removesuffix("_s") + "_at"] = None if at_s is None else at_s + wall_offset_s
+        answer["story"] = [
+            {"after_s": round(at_s - self.arrived_s, 6), "what": what} for at_s, what in self.story
+        ]
+        for attempt in answer["attempts"]:
+            attempt["after_s"] = round(attempt.pop("at_s") - self.arrived_s, 6)
+        return answer
+
+
+@dataclass(slots=True)
+class TicketStory:
+    """What one ticket covered."""
+
+    id: str
+    asked_s: float
+    method: str = ""
+    path: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    edge_status: str = ""
+    edge_termination: str = ""
+    requests: list[Record] = field(default_factory=list)
+
+    @property
+    def under_way(self) -> bool:
+        """Some request of it has not ended."""
+        return any(record.end is None for record in self.requests)
+
+    def as_json(self, wall_offset_s: float) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "id": self.id,
+            "asked_at": self.asked_s + wall_offset_s,
+            "method": self.method,
+            "path": self.path,
+            "edge": {"status": self.edge_status, "termination": self.edge_termination},
+            "requests": [record.as_json(wall_offset_s) for record in self.requests],
+        }
+
+
+class RecordBook:
+    """The latest stories by ticket id; the oldest that are over make room."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._stories: OrderedDict[str, TicketStory] = OrderedDict()
+
+    def open_ticket(
+        self, now_s: float, ticket: TicketId, method: str, path: str, fields: Mapping[str, str]
+    ) -> None:
+        """The edge was given a ticket."""
+        self._add(TicketStory(ticket, now_s, method, path, fields))
+
+    def add(self, ticket: TicketId | None, record: Record) -> None:
+        """A request came with this ticket, or without a valid one."""
+        name = ticket or str(record.key)
+        story = self._stories.get(name)
+        if story is None:
+            story = TicketStory(name, record.arrived_s)
+            self._add(story)
+        story.requests.append(record)
+
+    def edge_ended(self, ticket: TicketId, status: str, termination: str) -> None:
+        """The edge logged how the response ended. Unknown tickets are ignored."""
+        story = self._stories.get(ticket)
+        if story is not None:
+            story.edge_status, story.edge_termination = status, termination
+
+    def find(self, text: str) -> TicketStory | None:
+        """By ticket id, by a response id made of one, or by request key."""
+        match = TICKET_PATTERN.search(text)
+        return self._stories.get(match.group() if match else text)
+
+    def _add(self, story: TicketStory) -> None:
+        self._stories[story.id] = story
+        excess = len(self._stories) - self._kept
+        for _ in range(max(0, excess)):
+            _, oldest = self._stories.popitem(last=False)
+            if oldest.under_way:
+                self._stories[oldest.id] = oldest

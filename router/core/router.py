@@ -1,0 +1,299 @@
+"""The router's core: events in, commands out.
+
+Boundary: no I/O and no clock. The router process and the simulator feed the same object.
+
+The life of a request: it arrives and is placed (`placement`), which reserves; it is submitted to
+one worker, or to a prefill worker that hands it off (`moves`); outputs are fenced, ordered and
+given to its front (`outputs`); it ends. A router that starts finds the requests of the one
+before it (`recovery`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from typing import Any, Final
+
+from protos.enginecore import EngineRequest, encode
+from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
+from router.core import admission
+from router.core.events import (
+    Command,
+    EdgeEnded,
+    Event,
+    FrontGone,
+    HeldAttempt,
+    MembershipChanged,
+    RequestAborted,
+    RequestArrived,
+    RequestRecovered,
+    Role,
+    SnapshotTaken,
+    StepReported,
+    Tick,
+    TicketAsked,
+    TicketGranted,
+    TicketRefused,
+    WorkerDead,
+    WorkerLinkBroken,
+    WorkerUp,
+)
+from router.core.lifecycle import Request, State
+from router.core.moves import CoreSettings, Moves
+from router.core.outputs import OutputIntake
+from router.core.placement import Placement
+from router.core.records import Record, RecordBook
+from router.core.recovery import WAIT_S, Recovery
+from router.core.workers import Worker, WorkerPool
+
+NO_WORKER_WAIT_S: Final = 30.0
+"""How long a request waits for a worker before its client is told that there is none."""
+RETRY_AFTER_S: Final = 5
+
+
+class RouterCore:
+    """Decides for every request where it runs, and keeps what is needed to let it go on."""
+
+    def __init__(self, settings: CoreSettings, placement: Placement) -> None:
+        self.settings = settings
+        self.pool = WorkerPool()
+        self.book = RecordBook(settings.kept_records)
+        self.moves = Moves(settings, placement, self.pool)
+        self.recovery = Recovery(self.moves)
+        self._outputs = OutputIntake(self.moves, self.recovery)
+        self._started_s: float | None = None
+        self._handlers: dict[type, Callable[[float, Any], Command | None]] = {
+            RequestArrived: self._request_arrived,
+            SnapshotTaken: self._snapshot_taken,
+            RequestAborted: self._request_aborted,
+            FrontGone: self._front_gone,
+            TicketAsked: self._ticket_asked,
+            EdgeEnded: self._edge_ended,
+            WorkerUp: self._worker_up,
+            WorkerLinkBroken: self._worker_link_broken,
+            WorkerDead: self._worker_dead,
+            StepReported: self._step_reported,
+            MembershipChanged: self._membership_changed,
+            Tick: self._tick,
+        }
+
+    def handle(self, now_s: float, event: Event) -> list[Command]:
+        """Take one event; returns what is to be sent, in order. `now_s` never goes back."""
+        if self._started_s is None:
+            self._started_s = now_s
+        answer = self._handlers[type(event)](now_s, event)
+        commands = self.moves.outbox.take()
+        return commands if answer is None else [*commands, answer]
+
+    def not_healthy_because(self) -> list[str]:
+        """Why a request could not be served as configured; empty when it could."""
+        reasons = []
+        if not self.pool.usable(Role.DECODE):
+            reasons.append("no decode worker is up")
+        if self.settings.expect_prefill and not self.pool.usable(Role.PREFILL):
+            reasons.append("no prefill worker is up")
+        return reasons
+
+    # Requests
+
+    def _request_arrived(self, now_s: float, event: RequestArrived) -> None:
+        if event.key in self.moves.requests:
+            return  # Fronts make ids unique; the first one's client is being served.
+        request = self._open(now_s, event.key, event.request, event.ticket)
+        problem = _refusal(event.request, event.ticket)
+        if problem is not None:
+            self.moves.fail(now_s, request, problem)
+        else:
+            self.moves.place(now_s, request)
+
+    def _open(
+        self, now_s: float, key: RequestKey, request: EngineRequest, ticket: TicketId | None
+    ) -> Request:
+        removed = admission.take_over(request)
+        shape = admission.shape_of(request)
+        record = Record(
+            key, now_s, shape.prompt_tokens, shape.max_tokens, stripped_arguments=removed
+        )
+        record.note(now_s, "arrived")
+        self.book.add(ticket, record)
+        opened = Request(key, encode(request), shape, record, State.WAITING, now_s)
+        self.moves.requests[key] = opened
+        return opened
+
+    def _snapshot_taken(self, now_s: float, event: SnapshotTaken) -> None:
+        assert not list(self.pool), "workers' claims can't be understood before the snapshot"
+        requests = [self._reopen(now_s, underway) for underway in event.underway]
+        for underway, request in zip(event.underway, requests, strict=True):
+            problem = _refusal(underway.request, underway.ticket)
+            if problem is not None:
+                self.moves.fail(now_s, request, problem)
+        self.recovery.begin(now_s, [r for r in requests if r.state is State.RECOVERING])
+
+    def _reopen(self, now_s: float, underway: RequestRecovered) -> Request:
+        request = self._open(now_s, underway.key, underway.request, underway.ticket)
+        request.state = State.RECOVERING
+        request.delivered = underway.given_tokens
+        request.record.recovered = True
+        request.record.note(
+            now_s, f"taken over from a former router; its front has {underway.given_tokens} tokens"
+        )
+        return request
+
+    def _request_aborted(self, now_s: float, event: RequestAborted) -> None:
+        request = self.moves.requests.get(event.key)
+        if request is not None:
+            self.moves.cancel(now_s, request, "its client left, or a stop string matched")
+
+    def _front_gone(self, now_s: float, event: FrontGone) -> None:
+        for request in [r for r in self.moves.requests.values() if r.front == event.front]:
+            self.moves.cancel(now_s, request, "its front ended")
+
+    def _ticket_asked(self, now_s: float, event: TicketAsked) -> Command:
+        if not self.pool.any_usable and not self._worker_may_come(now_s):
+            self.moves.counts.refused_tickets += 1
+            return TicketRefused(503, RETRY_AFTER_S, "No worker can serve the request now.")
+        self.moves.counts.tickets += 1
+        self.book.open_ticket(now_s, event.ticket, event.method, event.path, event.fields)
+        return TicketGranted(event.ticket)
+
+    def _worker_may_come(self, now_s: float) -> bool:
+        """One that a request may wait for: its link is broken, or this router has just started."""
+        assert self._started_s is not None
+        starting = now_s - self._started_s < WAIT_S and self.pool.expects_any
+        return starting or any(not worker.attached for worker in self.pool)
+
+    def _edge_ended(self, now_s: float, event: EdgeEnded) -> None:
+        self.book.edge_ended(event.ticket, event.status, event.termination)
+
+    # Workers
+
+    def _worker_up(self, now_s: float, event: WorkerUp) -> None:
+        known = self.pool.get(event.worker)
+        if known is not None and event.incarnation < known.incarnation:
+            return  # A zombie; what it says stays unheard.
+        if known is not None and event.incarnation > known.incarnation:
+            self._worker_lost(now_s, known, "it was restarted")
+        worker = self.pool.attach(event)
+        self._compare_held(now_s, worker, event.held)
+        self.recovery.proceed(now_s)
+        self._place_waiting(now_s)
+
+    def _compare_held(self, now_s: float, worker: Worker, held: tuple[HeldAttempt, ...]) -> None:
+        """Go on with what both know of, end what only the worker knows, lose what only we do."""
+        for each in held:
+            request = self.moves.requests.get(each.key)
+            if request is not None and self.recovery.awaits(request):
+                self.recovery.claim(request, worker, each)
+                continue
+            known = request.engagement_on(worker, each.attempt) if request is not None else None
+            if request is None or known is None:
+                self.moves.outbox.disown(worker, each.key, each.attempt)
+            elif not known.live:
+                self.moves.outbox.abort(request, known)  # It may not have heard it.
+            elif known is request.current:
+                request.asked_from = -1
+                self.moves.outbox.ask_again(request, known, request.position)
+        still = {(each.key, each.attempt) for each in held}
+        missing = worker.live.keys() - still
+        self._lose(now_s, worker, missing, f"{worker.id} no longer has it", died=False)
+
+    def _worker_link_broken(self, now_s: float, event: WorkerLinkBroken) -> None:
+        worker = self._living(event.worker, event.incarnation)
+        if worker is not None:
+            self.pool.detach(worker)
+
+    def _worker_dead(self, now_s: float, event: WorkerDead) -> None:
+        self.pool.heard_of(event.worker)
+        if event.incarnation is not None:
+            worker = self._living(event.worker, event.incarnation)
+            if worker is not None:
+                self._worker_lost(now_s, worker, event.why)
+        self.recovery.proceed(now_s)
+
+    def _worker_lost(self, now_s: float, worker: Worker, why: str) -> None:
+        self.pool.remove(worker)
+        self._lose(now_s, worker, set(worker.live), f"{worker.id} is gone: {why}", died=True)
+
+    def _lose(
+        self,
+        now_s: float,
+        worker: Worker,
+        attempts: Set[tuple[RequestKey, Attempt]],
+        why: str,
+        died: bool,
+    ) -> None:
+        """These of the worker's attempts are gone; requests in the order of their arrival there."""
+        for key in dict.fromkeys(key for key, attempt in worker.live if (key, attempt) in attempts):
+            request = self.moves.requests[key]
+            lost = [
+                engagement
+                for engagement in request.live_engagements()
+                if engagement.worker is worker and (key, engagement.attempt) in attempts
+            ]
+            if request.state is State.RECOVERING:
+                self.recovery.lose(now_s, request, lost)
+            else:
+                self.moves.lose(now_s, request, lost, why, died)
+
+    def _living(self, worker_id: WorkerId, incarnation: Incarnation) -> Worker | None:
+        worker = self.pool.get(worker_id)
+        return worker if worker is not None and worker.incarnation == incarnation else None
+
+    def _step_reported(self, now_s: float, event: StepReported) -> None:
+        worker = self._living(event.worker, event.incarnation)
+        if worker is None or not worker.attached:
+            self.moves.counts.fenced_outputs += len(event.outputs)
+            return
+        if event.load is not None:
+            worker.load = event.load
+        take = self._outputs.take
+        for output in event.outputs:
+            take(now_s, worker, output)
+
+    def _membership_changed(self, now_s: float, event: MembershipChanged) -> None:
+        self.pool.change_members(event.members)
+        self.recovery.proceed(now_s)
+        self._place_waiting(now_s)
+
+    # Time
+
+    def _tick(self, now_s: float, event: Tick) -> None:
+        self.recovery.proceed(now_s)
+        self.moves.outbox.forget_due(now_s)
+        for request in list(self.moves.waiting.values()):
+            if now_s - request.since_s >= NO_WORKER_WAIT_S:
+                error = f"No worker could take it within {NO_WORKER_WAIT_S:.0f} s."
+                self.moves.fail(now_s, request, error)
+
+    def _place_waiting(self, now_s: float) -> None:
+        for request in list(self.moves.waiting.values()):
+            self.moves.place(now_s, request)
+
+    def check_integrity(self) -> None:
+        """Assert that what is reserved and live is what the requests under way account for."""
+        requests = self.moves.requests.values()
+        held = [
+            reservation
+            for request in requests
+            for reservation in (request.reservation, request.prefill_reservation)
+            if reservation is not None
+        ]
+        for worker in self.pool:
+            mine = [each for each in held if each.worker is worker]
+            assert worker.reserved_prefill_tokens == sum(each.prefill_tokens for each in mine)
+            assert worker.reserved_requests == sum(each.requests for each in mine)
+            live = {
+                (request.key, engagement.attempt)
+                for request in requests
+                for engagement in request.engagements
+                if engagement.live and engagement.worker is worker
+            }
+            assert live == worker.live.keys()
+        for request in requests:
+            assert request.position == request.unknown_tokens + len(request.tokens)
+            assert (request.key in self.moves.waiting) == (request.state is State.WAITING)
+
+
+def _refusal(request: EngineRequest, ticket: TicketId | None) -> str | None:
+    if ticket is None:
+        return "It came without a ticket of this cluster's edge."
+    return admission.refusal(request)

@@ -1,0 +1,305 @@
+"""The router process: `python -m router.process UNIT_DIR`.
+
+A thin shell around `RouterCore`: messages become events, commands become messages. It must be back
+within a moment after its death, so it imports little, and what a request does not need, last.
+Boundary: it decides nothing. When its anchor's link ends, so does it; the anchor starts the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Final
+
+import msgspec
+import uvloop
+
+from protos import anchor_link, enginecore, membership
+from protos.ids import RequestKey, WorkerId, request_key
+from router import anchor_client
+from router.core.events import (
+    AbortOn,
+    Command,
+    End,
+    Ended,
+    Event,
+    Forget,
+    FrontGone,
+    MemberFacts,
+    MembershipChanged,
+    RequestAborted,
+    RequestArrived,
+    RequestRecovered,
+    Resend,
+    Role,
+    SnapshotTaken,
+    Submit,
+    Tick,
+    TicketGranted,
+    TicketRefused,
+)
+from router.core.moves import CoreSettings
+from router.core.placement import POLICIES
+from router.core.router import RouterCore
+from router.edge_log import EdgeLog
+from router.metrics import Measured
+from router.report import Report
+from router.settings import RouterSettings, UnitPaths, load_router
+from router.tickets import TicketConnection, TicketMint, answer_line, parse_question
+from router.worker_links import WorkerLinks
+
+_log = logging.getLogger("router")
+
+POLICY: Final = "least_predicted_work"
+TICK_S: Final = 0.1
+HTTP_AFTER_S: Final = 0.1
+DEFECT_STATUS: Final = 70
+
+
+class RouterProcess:
+    """Everything that the process holds."""
+
+    def __init__(self, paths: UnitPaths, settings: RouterSettings) -> None:
+        self._paths = paths
+        self._settings = settings
+        self._incarnation = time.time_ns()
+        core_settings = CoreSettings(
+            settings.expect_prefill, settings.local_prefill_max_tokens, settings.kept_records
+        )
+        tie_break = random.Random(self._incarnation).randrange
+        self.core = RouterCore(core_settings, POLICIES[POLICY](tie_break))
+        self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
+        self._measured = Measured()
+        self._fronts_told = _FrontsTold()
+        self._membership: membership.Membership | None = None
+        self._links = WorkerLinks(settings, self._incarnation, self, self._on_task_done)
+        self._edge_log = EdgeLog(paths.edge_log_socket, self.feed)
+        self._worker_values: dict[str, Mapping[str, float]] = {}
+        self._anchor: anchor_client.AnchorClient | None = None
+        self._took_over = False
+        self._servers: list[object] = []
+        """Kept from being collected."""
+        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or the anchor's end; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_defect)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, 0)
+        self._read_membership()
+        await self._listen()
+        anchor = await anchor_client.connect(self._paths.anchor_socket, self)
+        self._anchor = anchor
+        anchor.send(anchor_link.Hello(self._incarnation, os.getpid()))
+        tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._serve_http())]
+        for task in tasks:
+            task.add_done_callback(self._on_task_done)
+        return await self._exit
+
+    async def _listen(self) -> None:
+        self._edge_log.listen(asyncio.get_running_loop())
+        path = self._paths.ticket_socket
+        path.unlink(missing_ok=True)
+        server = await asyncio.get_running_loop().create_unix_server(
+            lambda: TicketConnection(self._answer), str(path), backlog=4096
+        )
+        self._servers.append(server)
+
+    async def _serve_http(self) -> None:
+        # Off the loop, and after the streams go on: loading it takes longer than all the rest.
+        await asyncio.sleep(HTTP_AFTER_S)
+        http_api = await asyncio.to_thread(_load_http_api)
+        report = Report(
+            self.core, self._settings, self._incarnation, self._measured, self._worker_values,
+            self._links, self._edge_log,
+        )  # fmt: skip
+        self._servers.append(await http_api.serve(report, self._paths.router_socket))
+        gc.collect()
+        gc.freeze()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._read_membership()
+            self._links.check_silence(asyncio.get_running_loop().time())
+            self.feed(Tick())
+
+    # Events in, commands out
+
+    def feed(self, event: Event) -> None:
+        """Let the core decide, and do what it says."""
+        for command in self.core.handle(time.monotonic(), event):
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        if isinstance(command, anchor_link.Deliver):
+            assert self._anchor is not None
+            self._anchor.send(command)
+        elif isinstance(command, Submit | AbortOn | Forget | Resend):
+            self._links.send(command)
+        elif isinstance(command, Ended):
+            self._measured.observe(command)
+            if command.end is End.FAILED:
+                _log.warning("request %s failed: %s", command.key, command.error)
+
+    def _answer(self, line: str) -> bytes:
+        """A line of the edge."""
+        question = parse_question(line, self._mint.issue(time.time()))
+        if question is None:
+            return answer_line(TicketRefused(500, None, "The edge's question can't be read."))
+        *others, answer = self.core.handle(time.monotonic(), question)
+        assert not others
+        assert isinstance(answer, TicketGranted | TicketRefused)
+        return answer_line(answer)
+
+    # From the anchor
+
+    def on_anchor_message(self, message: anchor_link.FromAnchor) -> None:
+        """Requests come, are aborted, or were under way."""
+        if isinstance(message, anchor_link.Add):
+            self._add(message)
+        elif isinstance(message, anchor_link.Abort):
+            for request_id in message.request_ids:
+                self.feed(RequestAborted(request_key(message.front, request_id)))
+        elif isinstance(message, anchor_link.FrontGone):
+            self.feed(FrontGone(message.front))
+        elif isinstance(message, anchor_link.Snapshot):
+            self._take_over(message)
+
+    def on_anchor_lost(self, why: str) -> None:
+        """There is nobody left to serve."""
+        _log.info("the anchor's link ended: %s", why)
+        self._end(1)
+
+    def _add(self, message: anchor_link.Add) -> None:
+        key = request_key(message.front, message.request_id)
+        try:
+            request = enginecore.decode_request(message.payload)
+        except msgspec.DecodeError as error:
+            self._refuse(message.front, message.request_id, key, error)
+            return
+        self.feed(RequestArrived(key, request, self._mint.find(request, time.time())))
+
+    def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
+        underway = []
+        for each in snapshot.underway:
+            key = request_key(each.front, each.request_id)
+            try:
+                request = enginecore.decode_request(each.payload)
+            except msgspec.DecodeError as error:
+                self._refuse(each.front, each.request_id, key, error, each.given_tokens)
+                continue
+            ticket = self._mint.find(request, time.time(), late=True)
+            underway.append(RequestRecovered(key, request, ticket, each.given_tokens))
+        self.feed(SnapshotTaken(tuple(underway)))
+        self._took_over = True
+        if self._membership is not None:
+            self._links.update(self._membership.members)
+        _log.info("took over %d requests under way", len(underway))
+
+    def _refuse(
+        self, front: int, request_id: str, key: RequestKey, error: Exception, position: int = 0
+    ) -> None:
+        """It can't even be read."""
+        assert self._anchor is not None
+        _log.warning("request %s can't be read: %s", key, error)
+        payload = enginecore.error_output(request_id)
+        delivery = anchor_link.Delivery(request_id, position, 0, True, payload)
+        self._anchor.send(anchor_link.Deliver(front, [delivery]))
+
+    # From the workers
+
+    def _read_membership(self) -> None:
+        read = membership.load(self._paths.membership)
+        if read == self._membership:
+            return
+        self._membership = read
+        facts = [
+            MemberFacts(WorkerId(each.worker_id), Role(each.role), each.draining)
+            for each in read.members
+        ]
+        self.feed(MembershipChanged(tuple(facts)))
+        # Before the snapshot is in, what workers hold could not be understood.
+        if self._took_over:
+            self._links.update(read.members)
+
+    def on_welcome(self, worker: WorkerId, ready_payload: bytes) -> None:
+        """Fronts can be told what their engine is."""
+        payload = self._fronts_told.update(ready_payload, self.core.pool.max_model_len_tokens)
+        if payload is not None and self._anchor is not None:
+            self._anchor.send(anchor_link.Ready(payload))
+
+    def on_metrics(self, worker: WorkerId, values: Mapping[str, float]) -> None:
+        """Kept as they are until someone asks."""
+        self._worker_values[worker] = values
+
+    # Ends
+
+    def _end(self, status: int) -> None:
+        if not self._exit.done():
+            self._exit.set_result(status)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.critical("a defect ends this process", exc_info=error)
+            self._end(DEFECT_STATUS)
+
+    def _on_defect(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # Going on with a state that is not understood could give a client wrong text; the next
+        # process starts from what anchor and workers know.
+        _log.critical("a defect ends this process: %s", context, exc_info=context.get("exception"))
+        self._end(DEFECT_STATUS)
+
+
+class _FrontsTold:
+    """What fronts are told of their one engine: the first worker's words, the shortest context."""
+
+    def __init__(self) -> None:
+        self._payload = b""
+        self._max_model_len_tokens: int | None = None
+
+    def update(self, ready_payload: bytes, max_model_len_tokens: int | None) -> bytes | None:
+        """What to tell them now, if it changed."""
+        self._payload = self._payload or ready_payload
+        if max_model_len_tokens in (None, self._max_model_len_tokens):
+            return None
+        self._max_model_len_tokens = max_model_len_tokens
+        ready = enginecore.decode_ready(self._payload)
+        ready.max_model_len = max_model_len_tokens
+        return enginecore.encode(ready)
+
+
+def _load_http_api() -> ModuleType:
+    return importlib.import_module("router.http_api")
+
+
+async def _run(paths: UnitPaths, settings: RouterSettings) -> int:
+    return await RouterProcess(paths, settings).run()
+
+
+def main() -> None:
+    """Run the router process of the unit that the command line names."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m router.process UNIT_DIR")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    os.umask(0o077)
+    # Requests live for long and hold no cycles: full collections would only stop the streams.
+    gc.set_threshold(50_000, 20, 100)
+    paths = UnitPaths(sys.argv[1])
+    status = uvloop.run(_run(paths, load_router(paths.router_settings)))
+    # What is left are threads of libraries, which nothing needs to wait for.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

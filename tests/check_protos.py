@@ -1,0 +1,29 @@
+"""Part of `make check`: the generated code is what worker.proto gives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GENERATED = ("worker_pb2.py", "worker_pb2.pyi", "worker_pb2_grpc.py")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = [f"--{kind}_out={scratch}" for kind in ("python", "pyi", "grpc_python")]
+        command = [sys.executable, "-m", "grpc_tools.protoc", "-I."]
+        subprocess.run([*command, *outputs, "protos/worker.proto"], cwd=ROOT, check=True)
+        stale = [
+            name
+            for name in GENERATED
+            if (ROOT / "protos" / name).read_text() != (Path(scratch) / "protos" / name).read_text()
+        ]
+    if stale:
+        sys.exit(f"protos/{', protos/'.join(stale)}: out of date; run `make protos`")
+
+
+if __name__ == "__main__":
+    main()
