@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from protos import enginecore, worker_pb2
 from protos.enginecore import EngineOutput, EngineRequest
@@ -37,6 +38,8 @@ class Attempt:
     outputs: list[worker_pb2.Output] = field(default_factory=list)
     next_position: int = 0
     ended: bool = False
+    aborted: bool = False
+    """Its router gave it up: what there is of it is not whole, and its blocks may be gone."""
     live: bool = True
     """Outputs go out as they come; false from a router's return until it says from where on."""
 
@@ -49,8 +52,9 @@ class Attempt:
 class Attempts:
     """All attempts of a worker, by router."""
 
-    def __init__(self, max_model_len_tokens: int) -> None:
+    def __init__(self, max_model_len_tokens: int, vocabulary_tokens: int | None = None) -> None:
         self._max_model_len_tokens = max_model_len_tokens
+        self._vocabulary_tokens = vocabulary_tokens
         self._by_engine_id: dict[str, Attempt] = {}
         self._latest: dict[tuple[str, str], Attempt] = {}
 
@@ -70,6 +74,7 @@ class Attempts:
             return None, []
         request = enginecore.decode_request(submit.engine_request)
         self._check_length(request, len(submit.output_token_ids))
+        self._check_vocabulary(request)
         attempt = Attempt(
             router_id=router_id,
             request_key=submit.request_key,
@@ -87,7 +92,10 @@ class Attempts:
         enginecore.resume_from(request, list(submit.output_token_ids), submit.manifest)
         self._by_engine_id[attempt.engine_id] = attempt
         self._latest[router_id, submit.request_key] = attempt
-        return request, [latest.engine_id] if latest is not None else []
+        if latest is None:
+            return request, []
+        latest.ended = latest.aborted = True
+        return request, [latest.engine_id]
 
     def _check_length(self, request: EngineRequest, output_tokens: int) -> None:
         # Fronts check it too, but a prompt that doesn't fit would end the engine.
@@ -96,6 +104,18 @@ class Attempts:
             raise ValueError(
                 f"a request of {tokens} tokens can't be continued within the context of "
                 f"{self._max_model_len_tokens} tokens"
+            )
+
+    def _check_vocabulary(self, request: EngineRequest) -> None:
+        # Fronts check it against the tokenizer, which may know more tokens than the model has; such
+        # an id would end the engine.
+        if self._vocabulary_tokens is None:
+            return
+        allowed = (request.sampling_params or {}).get("allowed_token_ids")
+        largest = max(chain(request.prompt_token_ids or (), allowed or ()), default=0)
+        if largest >= self._vocabulary_tokens:
+            raise ValueError(
+                f"token id {largest} is not among the model's {self._vocabulary_tokens} tokens"
             )
 
     def _goes_on_after_first_token(self, request: EngineRequest) -> bool:
@@ -123,6 +143,17 @@ class Attempts:
             finish=worker_pb2.ERROR,
             error=reason,
         )
+
+    def abort(self, router_id: str, request_key: str, number: int) -> str | None:
+        """A router gives an attempt up; returns the engine's id to abort, unless it is unknown.
+
+        Also for one that has ended: its blocks may wait to be fetched.
+        """
+        attempt = self.find(router_id, request_key, number)
+        if attempt is None:
+            return None
+        attempt.ended = attempt.aborted = True
+        return attempt.engine_id
 
     def forget(self, router_id: str, request_key: str, number: int) -> str | None:
         """Drop an attempt. Returns the engine's id of one that had not ended, to be aborted."""
@@ -154,6 +185,7 @@ class Attempts:
                 first_position=attempt.first_position,
                 next_position=attempt.next_position,
                 ended=attempt.ended,
+                aborted=attempt.aborted,
             )
             for attempt in kept
         ]
@@ -182,6 +214,10 @@ def _message(attempt: Attempt, output: EngineOutput) -> worker_pb2.Output:
     if handed_off:
         assert output.kv_transfer_params is not None
         message.manifest = enginecore.encode_manifest(output.kv_transfer_params)
+    elif attempt.hand_off and output.finish_reason == enginecore.FINISH_LENGTH:
+        # It was to go on; ending here would look like a whole answer of one token.
+        message.finish = worker_pb2.ERROR
+        message.error = "the engine kept no blocks to hand off"
     elif output.finish_reason is not None:
         message.finish = _FINISH[output.finish_reason]
         if output.finish_reason == enginecore.FINISH_ERROR:

@@ -23,6 +23,8 @@ class EngineInfo:
     max_model_len_tokens: int
     ready_payload: bytes
     """`protos.enginecore.ReadyResponse`, msgpack, for the fronts."""
+    vocabulary_tokens: int | None = None
+    """Token ids are below this; None: any will do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Start the engine, then listen. Returns the port. Raises EngineError."""
         self._info: EngineInfo = await self._engine.start()
         self._load = EngineLoad(kv_blocks_total=self._info.kv_blocks_total)
-        self._attempts = Attempts(self._info.max_model_len_tokens)
+        self._attempts = Attempts(self._info.max_model_len_tokens, self._info.vocabulary_tokens)
         self._server = grpc.aio.server(options=GRPC_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         port: int = self._server.add_insecure_port(f"{self._spec.listen_host}:0")
@@ -223,11 +223,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._submit(link, message.submit)
         elif message.HasField("abort"):
             abort = message.abort
-            attempt = self._attempts.find(link.router_id, abort.request_key, abort.attempt)
-            if attempt is not None:
-                # Also one that has ended: its blocks may wait to be fetched.
-                self._engine.abort([attempt.engine_id])
-                attempt.ended = True
+            engine_id = self._attempts.abort(link.router_id, abort.request_key, abort.attempt)
+            if engine_id is not None:
+                self._engine.abort([engine_id])
         elif message.HasField("resend"):
             resend = message.resend
             attempt = self._attempts.find(link.router_id, resend.request_key, resend.attempt)
@@ -267,7 +265,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def _give_up(self, router_id: str) -> None:
         self._absent.pop(router_id, None)
         kept = self._attempts.of_router(router_id)
-        self._engine.abort([attempt.engine_id for attempt in kept])
+        # Blocks of one that was handed off are left to their lease: another worker may be reading
+        # them just now, and only the lease tells it when they are gone.
+        self._engine.abort([attempt.engine_id for attempt in kept if not attempt.ended])
         for attempt in kept:
             self._attempts.forget(router_id, attempt.request_key, attempt.number)
         if kept:

@@ -52,6 +52,7 @@ class VllmEngine:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._directory = Path(spec.run_directory)
+        self._launch_path = self._directory / "engine-launch.json"
         self._log_path = self._directory / "engine.log"
         self._context = zmq.asyncio.Context()
         self._input: zmq.asyncio.Socket = self._context.socket(SocketType.ROUTER)
@@ -91,6 +92,7 @@ class VllmEngine:
             kv_blocks_total=ready.num_gpu_blocks,
             max_model_len_tokens=ready.max_model_len,
             ready_payload=enginecore.encode(ready),
+            vocabulary_tokens=launch.load_model(self._launch_path).vocabulary_tokens,
         )
 
     def add(self, request: EngineRequest) -> None:
@@ -130,10 +132,9 @@ class VllmEngine:
         return address
 
     async def _spawn(self, handshake_address: str) -> None:
-        launch_path = self._directory / "engine-launch.json"
         args = {"model": self._spec.model, **self._spec.engine_args}
         launch.save(
-            launch_path,
+            self._launch_path,
             launch.Launch(
                 handshake_address=handshake_address,
                 engine_id=f"{self._spec.worker_id}-{uuid.uuid4().hex[:12]}",
@@ -148,7 +149,7 @@ class VllmEngine:
                 sys.executable,
                 "-m",
                 "engine.vllm_host.process",
-                str(launch_path),
+                str(self._launch_path),
                 str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

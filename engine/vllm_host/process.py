@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.vllm_host.launch import Launch, load
+from engine.vllm_host.launch import Model, load, save_model
 
 _PR_SET_PDEATHSIG = 1
 
@@ -25,8 +25,9 @@ def die_with(parent_pid: int) -> None:
         sys.exit("the worker that started this engine is gone")
 
 
-def run(launch: Launch) -> None:
+def run(launch_path: Path) -> None:
     """Build vLLM's configuration and run EngineCore until told to stop."""
+    launch = load(launch_path)
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.core import EngineCoreProc
@@ -51,6 +52,7 @@ def run(launch: Launch) -> None:
     config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     scheduler = BatonAsyncScheduler if config.scheduler_config.async_scheduling else BatonScheduler
     config.scheduler_config.scheduler_cls = scheduler
+    save_model(launch_path, Model(vocabulary_tokens=config.model_config.get_vocab_size()))
     EngineCoreProc.run_engine_core(
         vllm_config=config,
         local_client=True,
@@ -72,7 +74,7 @@ def _typed(engine_args: dict[str, Any]) -> dict[str, Any]:
     for name, value in engine_args.items():
         # Some arguments are mappings in vLLM, too; those stay.
         choices = [kinds.get(name), *get_args(kinds.get(name))]
-        classes = [kind for kind in choices if dataclasses.is_dataclass(kind)]
+        classes = [c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)]
         if isinstance(value, dict) and classes:
             typed[name] = classes[0](**value)
     return typed
@@ -80,7 +82,7 @@ def _typed(engine_args: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     die_with(int(sys.argv[2]))
-    run(load(Path(sys.argv[1])))
+    run(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

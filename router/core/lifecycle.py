@@ -140,6 +140,16 @@ class Request:
         self.since_s = now_s
         self.record.note(now_s, f"{target}: {why or trigger}")
 
+    @property
+    def is_being_fetched(self) -> bool:
+        """A worker was told where its blocks are, and has not yet shown that it has them."""
+        return (
+            self.state is State.HANDING_OFF
+            and self.source is not None
+            and self.current is not None
+            and self.current.live
+        )
+
     def engagement_on(self, worker: Worker, attempt: Attempt) -> Engagement | None:
         """This attempt on this incarnation of a worker."""
         for engagement in self.engagements:

@@ -168,11 +168,15 @@ class Moves:
         self.fail(now_s, request, error)
 
     def _end(self, now_s: float, request: Request, end: End, why: str = "") -> None:
+        fetched_from = request.source if request.is_being_fetched else None
         request.advance(now_s, Trigger.END, f"{end}: {why}" if why else end)
         request.release()
         del self.requests[request.key]
         self.waiting.pop(request.key, None)
         for engagement in request.engagements:
+            if engagement is fetched_from:
+                self.outbox.release_later(now_s, request, engagement)
+                continue
             if engagement.live:
                 self.outbox.abort(request, engagement)
             if end is End.CANCELLED:

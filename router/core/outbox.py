@@ -50,7 +50,7 @@ class Outbox:
         self._counts = counts
         self._commands: list[Command] = []
         self._deliveries: dict[int, list[Delivery]] = {}
-        self._forgets: deque[tuple[float, RequestKey, Engagement]] = deque()
+        self._forgets: deque[tuple[float, RequestKey, Engagement, bool]] = deque()
 
     def take(self) -> list[Command]:
         """All since the last call."""
@@ -126,10 +126,21 @@ class Outbox:
 
     def forget_later(self, now_s: float, key: RequestKey, engagement: Engagement) -> None:
         """Its outputs are needed no more once the front has them."""
-        self._forgets.append((now_s + FORGET_AFTER_S, key, engagement))
+        self._forgets.append((now_s + FORGET_AFTER_S, key, engagement, False))
+
+    def release_later(self, now_s: float, request: Request, engagement: Engagement) -> None:
+        """Free blocks that another worker may be fetching just now, once it has been told to stop.
+
+        Freed and refilled under a read they would be cached there as this prompt's. The real
+        engine frees them itself as soon as the reader has read or has given up.
+        """
+        request.settle(engagement)
+        self._forgets.append((now_s + FORGET_AFTER_S, request.key, engagement, True))
 
     def forget_due(self, now_s: float) -> None:
-        """By now the fronts have what they were given."""
+        """By now the fronts have what they were given, and readers know that they are not."""
         while self._forgets and self._forgets[0][0] <= now_s:
-            _, key, engagement = self._forgets.popleft()
+            _, key, engagement, release = self._forgets.popleft()
+            if release and engagement.worker.attached:
+                self._commands.append(AbortOn(engagement.worker.id, key, engagement.attempt))
             self.forget(key, engagement)

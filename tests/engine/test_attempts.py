@@ -131,6 +131,17 @@ def test_resumed_output_starts_where_it_was_left_and_repeats_no_prompt_figures()
     assert enginecore.decode_output(recorded[1].payload).prefill_stats is None
 
 
+def test_an_aborted_attempt_is_held_as_such_until_it_is_forgotten() -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    request, _ = attempts.submit("r", submit(1))
+    assert request is not None
+    assert attempts.abort("r", "0:a", 1) == request.request_id
+    (held,) = attempts.hold_back("r")
+    assert (held.ended, held.aborted) == (True, True)
+    assert attempts.forget("r", "0:a", 1) is None
+    assert attempts.abort("r", "0:a", 1) is None
+
+
 def test_forgetting_what_has_not_ended_names_what_to_abort() -> None:
     attempts = Attempts(MAX_MODEL_LEN_TOKENS)
     request, _ = attempts.submit("r", submit(1))
@@ -190,3 +201,12 @@ def test_whoever_attaches_can_always_get_every_token_once_in_order(
     for output in attempts.resend(found, len(got)):
         got += list(output.token_ids)[len(got) - output.first_position :]
     assert got == list(range(token))
+
+
+def test_token_ids_that_the_model_does_not_have_are_refused() -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS, vocabulary_tokens=10)
+    assert attempts.submit("r", submit(1, prompt_tokens=10))[0] is not None
+    with pytest.raises(ValueError, match="token id 10 is not among the model's 10 tokens"):
+        attempts.submit("r", submit(1, key="0:b", prompt_tokens=11))
+    with pytest.raises(ValueError, match="token id 12 is not among the model's 10 tokens"):
+        attempts.submit("r", submit(1, key="0:c", prompt_tokens=5, allowed_token_ids=[3, 12]))

@@ -191,18 +191,19 @@ def test_the_decode_worker_is_chosen_again_if_it_is_gone_when_the_handoff_is_due
 # Aborts
 
 
-def test_an_abort_ends_every_live_attempt(drive: Drive) -> None:
+def test_an_abort_frees_blocks_only_after_their_reader_was_told_to_stop(drive: Drive) -> None:
+    """Refilled under a read, they would be cached there as this prompt's."""
     drive.arrive()
     drive.step("p", output(1, 0, [1], manifest=b"m"))
     assert drive.feed(RequestAborted(key())) == [
-        abort_on("p", 1),
-        forget("p", 1),
         abort_on("d", 2),
         forget("d", 2),
         Ended(key(), End.CANCELLED, "its client left, or a stop string matched", 1, 0.0, 0.0, None),
     ]
     assert drive.step("d", output(2, 1, [2])) == []
     assert drive.core.moves.counts.fenced_outputs == 1
+    assert drive.pass_time(0.5) == []
+    assert drive.pass_time(0.6) == [abort_on("p", 1), forget("p", 1)]
 
 
 @pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding"])
