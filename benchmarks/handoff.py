@@ -1,8 +1,8 @@
 """What a hand-off costs between two engines: `python -m benchmarks.handoff [--rounds N]`.
 
 Two vLLM engines on this machine with the tiny model; for each prompt length, interleaved: the
-prefill leg (prompt and first token), the decode leg (from the manifest to the second token), and the
-same two tokens by one engine alone. Also each idle engine's CPU. Prints a Markdown table.
+prefill leg (prompt and first token), the decode leg (from the manifest to the second token), and
+the same two tokens by one engine alone. Also each idle engine's CPU. Prints a Markdown table.
 """
 
 from __future__ import annotations
