@@ -13,6 +13,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 import aiohttp
 from aiohttp import web
@@ -107,7 +108,7 @@ class AdminApi:
 
     async def _request(self, request: web.Request) -> web.Response:
         request_id = request.match_info["id"]
-        for answer in await self._ask_routers(f"/requests/{request_id}"):
+        for answer in await self._ask_routers(f"/requests/{quote(request_id, safe='')}"):
             if answer is not None:
                 return web.json_response(answer)
         return _error(

@@ -23,6 +23,9 @@ def arguments(config: Config, role: Role) -> dict[str, Any]:
     defaults = cpu_arguments() if is_cpu_install() else {}
     if config.model.path is None:
         defaults |= tiny_model_arguments()
+    if config.model.reasoning_parser is not None:
+        # Guided output is constrained only after the reasoning, so engines have to know its end.
+        defaults["reasoning_parser"] = config.model.reasoning_parser
     if "gpu_memory_utilization" in wanted:
         defaults.pop("kv_cache_memory_bytes", None)
     return defaults | wanted

@@ -226,9 +226,12 @@ def _is_healthy(address: str) -> bool:
 
 
 async def _all(first: Any, second: Any) -> tuple[Any, Any]:
-    """Both results; the first error ends the wait."""
-    async with asyncio.TaskGroup() as group:
-        tasks = group.create_task(first), group.create_task(second)
+    """Both results; the first error ends the wait, and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = group.create_task(first), group.create_task(second)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     return tasks[0].result(), tasks[1].result()
 
 

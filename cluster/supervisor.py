@@ -209,7 +209,10 @@ class Supervisor:
 
     async def _find(self, worker_id: WorkerId) -> WorkerAddress | None:
         """A worker that serves; one that does not answer, or was still starting, is ended."""
-        actor = await asyncio.to_thread(ray.get_actor, worker_id)
+        try:
+            actor = await asyncio.to_thread(ray.get_actor, worker_id)
+        except ValueError:
+            return None  # It died since it was listed.
         try:
             status = await asyncio.wait_for(_ask(actor.status.remote()), _ADOPT_S)
         except (RayError, TimeoutError):

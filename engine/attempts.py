@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from protos import enginecore, worker_pb2
+from protos import enginecore, sampling, worker_pb2
 from protos.enginecore import EngineOutput, EngineRequest
 
 _DEFAULT_MAX_TOKENS = 16
@@ -73,6 +73,7 @@ class Attempts:
         if latest is not None and latest.number >= submit.attempt:
             return None, []
         request = enginecore.decode_request(submit.engine_request)
+        sampling.check(request.sampling_params or {})
         self._check_length(request, len(submit.output_token_ids))
         self._check_vocabulary(request)
         attempt = Attempt(
@@ -94,8 +95,10 @@ class Attempts:
         self._latest[router_id, submit.request_key] = attempt
         if latest is None:
             return request, []
+        # Blocks of one that was handed off are left to their lease: they may be being read.
+        fenced = [] if latest.ended else [latest.engine_id]
         latest.ended = latest.aborted = True
-        return request, [latest.engine_id]
+        return request, fenced
 
     def _check_length(self, request: EngineRequest, output_tokens: int) -> None:
         # Fronts check it too, but a prompt that doesn't fit would end the engine.

@@ -213,10 +213,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, link: RouterLink, messages: AsyncIterator[worker_pb2.RouterMessage]
     ) -> None:
         # A broken link ends the iteration with an RpcError; `Attach` learns of it by itself.
-        with contextlib.suppress(grpc.RpcError):
-            async for message in messages:
-                self._handle(link, message)
-        link.close()
+        try:
+            with contextlib.suppress(grpc.RpcError):
+                async for message in messages:
+                    self._handle(link, message)
+        finally:
+            # Also after a defect: a link that hears nothing must not look alive.
+            link.close()
 
     def _handle(self, link: RouterLink, message: worker_pb2.RouterMessage) -> None:
         if message.HasField("submit"):

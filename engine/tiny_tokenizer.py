@@ -24,6 +24,7 @@ EOS_TOKEN = "<|im_end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, TURN_START_TOKEN, EOS_TOKEN)
 PAD_ID, TURN_START_ID, EOS_ID = range(len(SPECIAL_TOKENS))
 
+_REPLACEMENT_LINES = 2000
 _CORPUS_CAP_CHARS = 800_000
 
 # ChatML, with tools in the Hermes form that serving engines' "hermes" tool parser reads back. All
@@ -106,6 +107,9 @@ def train() -> Tokenizer:
 
     def lines() -> Iterator[str]:
         yield from corpus().splitlines(keepends=True)
+        # One token for what decoders write for bytes that are no character; else a load client's
+        # random text never comes back as the number of tokens that it was made of.
+        yield from ["\ufffd\n"] * _REPLACEMENT_LINES
 
     tokenizer.train_from_iterator(lines(), trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:

@@ -12,7 +12,6 @@ Loaded by vLLM in the engine process (`kv_connector_module_path`); nothing else 
 from __future__ import annotations
 
 import time
-import uuid
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -25,12 +24,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
     NixlPullConnectorScheduler,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
-from vllm.distributed.nixl_utils import NixlWrapper, nixl_agent_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.request import RequestStatus
 
 from kvstore.lease import lease_still_held
+from kvstore.paced_agent import PacedAgent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -105,7 +104,7 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         if current_platform.is_cpu():
-            self.nixl_wrapper = _agent_that_does_not_spin()
+            self.nixl_wrapper = PacedAgent()
         self._released: set[str] = set()
 
     def start_load_kv(self, metadata: BatonConnectorMetadata) -> None:
@@ -122,6 +121,11 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
         self._released.clear()
         return results
 
+    def shutdown(self) -> None:
+        if isinstance(self.nixl_wrapper, PacedAgent):
+            self.nixl_wrapper.stop()
+        super().shutdown()
+
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
         done, failed = super()._pop_done_transfers(transfers)
         if transfers is self._recving_transfers:
@@ -132,11 +136,10 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
         metadata = self._recving_metadata.get(request_id)
         if metadata is None or metadata.remote is None or not any(metadata.local_block_ids):
             return False  # nothing was read
-        owner = metadata.remote.engine_id
         if lease_still_held(
             time.perf_counter(),
             metadata.remote.blocks_expiry_time,
-            self._engine_clock_offset.get(owner, 0.0),
+            self._engine_clock_offset.get(metadata.remote.engine_id),
         ):
             return False
         logger.warning(
@@ -145,21 +148,6 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
         )
         self.xfer_stats.record_kv_expired_req()
         return True
-
-
-def _agent_that_does_not_spin() -> Any:
-    # NIXL's progress thread polls without a pause (its Python interface fixes the delay at 0): a
-    # whole core for each idle engine, which on CPUs is one that the models need. Without it
-    # transfers proceed in the calls that every engine step makes; an engine whose blocks wait to be
-    # fetched steps every millisecond. The lock is for the thread that shakes hands.
-    from nixl._api import nixl_thread_sync_t  # vLLM sets up UCX before NIXL is first imported
-
-    config = nixl_agent_config(
-        enable_prog_thread=False,
-        capture_telemetry=True,
-        sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
-    )
-    return NixlWrapper(str(uuid.uuid4()), config)
 
 
 class BatonConnector(NixlPullConnector):  # type: ignore[misc]

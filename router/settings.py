@@ -71,7 +71,8 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     local_prefill_max_tokens: int
     """Prompts of at most this many tokens are computed on the decode worker."""
     served_model_names: list[str]
-    ticket_ttl_s: float = 60.0
+    ticket_ttl_s: float = 600.0
+    """Longer than any upload may take: a ticket is given before the body is read."""
     worker_reconnect_s: float = 10.0
     """How long a worker whose link broke, but whose process may live, keeps its requests."""
     kept_records: int = 10_000

@@ -10,12 +10,14 @@ import dataclasses
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, get_args
 
 from engine.vllm_host.launch import Model, load, save_model
 
 _PR_SET_PDEATHSIG = 1
+_THREAD_DIED_STATUS = 70
 
 
 def die_with(parent_pid: int) -> None:
@@ -80,7 +82,14 @@ def _typed(engine_args: dict[str, Any]) -> dict[str, Any]:
     return typed
 
 
+def _end_with_any_thread(arguments: threading.ExceptHookArgs) -> None:
+    # Without its input or output thread EngineCore lives on, deaf or mute, and nobody notices.
+    threading.__excepthook__(arguments)
+    os._exit(_THREAD_DIED_STATUS)
+
+
 def main() -> None:
+    threading.excepthook = _end_with_any_thread
     die_with(int(sys.argv[2]))
     run(Path(sys.argv[1]))
 

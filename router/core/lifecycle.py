@@ -87,6 +87,7 @@ class Engagement:
     first_position: int = 0
     next_position: int = 0
     aborted: bool = False
+    ended: bool = False
     """What its worker held of it when this router took over; see `recovery`."""
 
 

@@ -169,14 +169,17 @@ class Moves:
 
     def _end(self, now_s: float, request: Request, end: End, why: str = "") -> None:
         fetched_from = request.source if request.is_being_fetched else None
+        reader_was_told = request.current is not None and request.current.worker.attached
         request.advance(now_s, Trigger.END, f"{end}: {why}" if why else end)
         request.release()
         del self.requests[request.key]
         self.waiting.pop(request.key, None)
         for engagement in request.engagements:
-            if engagement is fetched_from:
+            if engagement is fetched_from and reader_was_told:
                 self.outbox.release_later(now_s, request, engagement)
                 continue
+            if engagement is fetched_from:
+                request.settle(engagement)  # Left to its lease.
             if engagement.live:
                 self.outbox.abort(request, engagement)
             if end is End.CANCELLED:
@@ -213,7 +216,7 @@ class Moves:
     def _lose_current(self, now_s: float, request: Request, lost: Engagement, why: str) -> None:
         if self._may_resume(request, lost):
             # What was fetched of the blocks is unknown, and so is whether they are still there.
-            self.outbox.abort_source(request)
+            self.outbox.leave_to_lease(request)
             self.place_again(now_s, request, why)
         else:
             self.fail(now_s, request, f"Its worker was lost while it generated; {why}.")

@@ -113,10 +113,18 @@ class Outbox:
             command = Resend(worker.id, request.key, engagement.attempt, from_position)
             self._commands.append(command)
 
-    def disown(self, worker: Worker, key: RequestKey, attempt: Attempt) -> None:
-        """A worker holds what nobody wants."""
+    def leave_to_lease(self, request: Request) -> None:
+        """Its reader may live on unseen: the blocks that were handed off stay until they lapse."""
+        if request.source is not None:
+            request.settle(request.source)
+            request.source, request.manifest = None, b""
+
+    def disown(self, worker: Worker, key: RequestKey, attempt: Attempt, ended: bool) -> None:
+        """A worker holds what nobody wants. If it ended, a reader may be at its blocks."""
         self._counts.orphans += 1
-        self._commands += [AbortOn(worker.id, key, attempt), Forget(worker.id, key, attempt)]
+        if not ended:
+            self._commands.append(AbortOn(worker.id, key, attempt))
+        self._commands.append(Forget(worker.id, key, attempt))
 
     def forget(self, key: RequestKey, engagement: Engagement) -> None:
         """Its outputs are needed no more."""

@@ -53,7 +53,7 @@ class Recovery:
             engagement = request.engage(held.attempt, worker)
         engagement.first_position = held.first_position
         engagement.next_position = held.next_position
-        engagement.aborted = held.aborted
+        engagement.aborted, engagement.ended = held.aborted, held.ended
 
     def proceed(self, now_s: float) -> None:
         """Settle everything once all workers were asked, or waiting longer makes no sense."""
@@ -92,7 +92,7 @@ class Recovery:
             chain = []
         for engagement in claims:
             if engagement not in chain:
-                self._moves.outbox.drop(request, engagement)
+                self._let_go(request, engagement)
         newest = claims[-1].attempt if claims else 0
         request.attempts_made = max(request.attempts_made, newest + ATTEMPTS_APART)
         if chain:
@@ -103,6 +103,15 @@ class Recovery:
         else:
             error = "The worker that held it was lost while the router restarted."
             self._moves.fail(now_s, request, error)
+
+    def _let_go(self, request: Request, engagement: Engagement) -> None:
+        if engagement.ended:
+            # Another worker may be fetching its blocks: they are left to their lease.
+            request.settle(engagement)
+            self._moves.outbox.forget(request.key, engagement)
+            request.engagements.remove(engagement)
+        else:
+            self._moves.outbox.drop(request, engagement)
 
     def _go_on(self, now_s: float, request: Request, chain: list[Engagement]) -> None:
         """Take the chain's first attempt for the current one and have its outputs sent again."""

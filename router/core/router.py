@@ -186,9 +186,10 @@ class RouterCore:
                 continue
             known = request.engagement_on(worker, each.attempt) if request is not None else None
             if request is None or known is None:
-                self.moves.outbox.disown(worker, each.key, each.attempt)
+                self.moves.outbox.disown(worker, each.key, each.attempt, each.ended)
             elif not known.live:
-                self.moves.outbox.abort(request, known)  # It may not have heard it.
+                if not each.ended:
+                    self.moves.outbox.abort(request, known)  # It may not have heard it.
             elif known is request.current:
                 request.asked_from = -1
                 self.moves.outbox.ask_again(request, known, request.position)

@@ -26,6 +26,7 @@ from router.unit.relay import Relay
 _log = logging.getLogger("anchor")
 
 ROUTER_AWAY_S: Final = 10.0
+ROUTER_SETTLED_S: Final = 2.0
 """Without a router for this long, the requests under way end with an error."""
 FRONT_STALLED_S: Final = 5.0
 """A front that takes nothing of what waits for it for this long is to be ended."""
@@ -44,7 +45,8 @@ class Exchange:
         self._broken_fronts: set[int] = set()
         self._connections: set[RouterLink] = set()
         self._router: RouterLink | None = None
-        self._router_left_s = time.monotonic()
+        self._router_left_s = self._router_came_s = time.monotonic()
+        """When a router was last here that stayed: one that dies at once does not count."""
         self._ready: bytes | None = None
         reactor.on_readable(listener.fileno(), self._accept)
 
@@ -83,8 +85,11 @@ class Exchange:
 
     def end_orphans(self, now_s: float) -> None:
         """End what is under way once the router has been away for too long."""
-        if self._router is not None or now_s - self._router_left_s < ROUTER_AWAY_S:
+        if self._router is not None and now_s - self._router_came_s >= ROUTER_SETTLED_S:
+            self._router_left_s = now_s
+        if now_s - self._router_left_s < ROUTER_AWAY_S:
             return
+        self._router_left_s = now_s
         for front, payloads in self._relay.end_all().items():
             _log.error("no router: %d requests of front %d end in error", len(payloads), front)
             self._to_front(front, enginecore.relay_outputs(payloads, time.monotonic()))
@@ -175,6 +180,7 @@ class Exchange:
         for other in self._connections - {link}:
             self._drop(other, "a newer router said hello")
         self._router = link
+        self._router_came_s = time.monotonic()
         _log.info("router %d connected, pid %d", hello.router_incarnation, hello.pid)
         self._to_router(self._relay.snapshot())
 
@@ -219,4 +225,3 @@ class Exchange:
         link.close()
         if link is self._router:
             self._router = None
-            self._router_left_s = time.monotonic()

@@ -15,7 +15,7 @@ from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
-from protos import enginecore
+from protos import enginecore, sampling
 from protos.errors import ProtocolError
 
 ONE_FRAME = 1_000_000_000
@@ -261,3 +261,15 @@ def test_our_handshake_is_vllms() -> None:
     ours = {"addresses": {"inputs": ["i"], "outputs": ["o"]}, "parallel_config": {}}
     read = msgspec.msgpack.decode(msgspec.msgpack.encode(ours), type=EngineHandshakeMetadata)
     assert read == EngineHandshakeMetadata(EngineZmqAddresses(["i"], ["o"]), {})
+
+
+def test_the_sampling_parameters_that_are_checked_are_vllms() -> None:
+    theirs = {field.encode_name for field in msgspec.structs.fields(SamplingParams)}
+    ours = {field.encode_name for field in msgspec.structs.fields(sampling.SamplingParams)}
+    assert ours <= theirs
+    constraints = {field.name for field in dataclasses.fields(StructuredOutputsParams)}
+    checked = {field.encode_name for field in msgspec.structs.fields(sampling.StructuredOutputs)}
+    assert checked == constraints
+    params = enginecore.decode_request(encode_as_vllm(full_request())[0]).sampling_params
+    assert params is not None
+    sampling.check(params)

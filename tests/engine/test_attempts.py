@@ -210,3 +210,26 @@ def test_token_ids_that_the_model_does_not_have_are_refused() -> None:
         attempts.submit("r", submit(1, key="0:b", prompt_tokens=11))
     with pytest.raises(ValueError, match="token id 12 is not among the model's 10 tokens"):
         attempts.submit("r", submit(1, key="0:c", prompt_tokens=5, allowed_token_ids=[3, 12]))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"structured_outputs": {"json": 5}},
+        {"structured_outputs": {"json": []}},
+        {"structured_outputs": {"json": True}},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"regex": "a", "json_object": True}},
+        {"min_tokens": None},
+        {"temperature": "hot"},
+        {"bad_words": 3},
+    ],
+)
+def test_sampling_parameters_that_would_end_the_engine_are_refused(
+    sampling: dict[str, Any],
+) -> None:
+    """vLLM decodes requests outside of any `try`: its input thread would die of these."""
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    with pytest.raises(ValueError, match="sampling parameters are wrong"):
+        attempts.submit("r", submit(1, hand_off=True, **sampling))
+    assert len(attempts) == 0

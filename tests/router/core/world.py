@@ -53,7 +53,6 @@ class Kept:
     outputs: list[OutputReport] = field(default_factory=list)
     ended: bool = False
     live: bool = True
-    pinned: bool = False
     aborted: bool = False
 
 
@@ -81,8 +80,7 @@ class FakeWorker:
         if kept is None:
             return
         if isinstance(command, AbortOn):
-            kept.aborted |= not kept.ended
-            kept.ended, kept.pinned = True, False
+            kept.aborted = kept.ended = True
         elif isinstance(command, Resend):
             kept.live = True
             again = [
@@ -94,7 +92,6 @@ class FakeWorker:
             ]
             self.reports.append(again)
         elif isinstance(command, Forget):
-            assert not kept.pinned, "forgotten before its blocks were freed"
             del self.kept[command.key, command.attempt]
 
     def _submit(self, command: Submit) -> None:
@@ -103,8 +100,7 @@ class FakeWorker:
             return
         for (request, _), kept in self.kept.items():
             if request == command.key:
-                kept.aborted |= not kept.ended
-                kept.ended, kept.pinned = True, False
+                kept.aborted = kept.ended = True
         until = (decode_request(command.engine_request).sampling_params or {})["max_tokens"]
         self.kept[command.key, command.attempt] = Kept(command.hand_off, len(tokens), until, tokens)
 
@@ -118,7 +114,6 @@ class FakeWorker:
             position = len(kept.text)
             kept.text += [next(self.new_tokens) for _ in range(count)]
             kept.ended = kept.hand_off or len(kept.text) == kept.until
-            kept.pinned = kept.hand_off
             output = OutputReport(
                 request, Attempt(attempt), position,
                 tuple(kept.text[position:]), msgspec.msgpack.encode(kept.text),
