@@ -13,12 +13,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import yaml
+
+T = TypeVar("T")
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 15.0
@@ -148,3 +151,14 @@ def wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> list[p
     """Those that still run after the time; a pid that was given to another does not count."""
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
     return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def once_settled(read: Callable[[], T], quiet_s: float = 1.5, timeout_s: float = 20.0) -> T:
+    """What `read` gives once it has not changed for longer than workers' figures take to arrive."""
+    value, since_s, began_s = read(), time.monotonic(), time.monotonic()
+    while time.monotonic() - since_s < quiet_s:
+        assert time.monotonic() - began_s < timeout_s, f"still changing: {value}"
+        time.sleep(0.05)
+        if (now := read()) != value:
+            value, since_s = now, time.monotonic()
+    return value

@@ -21,7 +21,7 @@ from openai import OpenAI
 from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.live.cluster_process import BatonServe
+from tests.live.cluster_process import BatonServe, once_settled
 from tests.live.conftest import MODEL
 
 PROMPT = "Return a copy of the sequence in which every item that is None"
@@ -108,17 +108,6 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> 
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
         time.sleep(0.05)
-
-
-def once_settled(read: Callable[[], Any], quiet_s: float = 1.5, timeout_s: float = 20.0) -> Any:
-    """What `read` gives once it has not changed for longer than workers' figures take to arrive."""
-    value, since_s, began_s = read(), time.monotonic(), time.monotonic()
-    while time.monotonic() - since_s < quiet_s:
-        assert time.monotonic() - began_s < timeout_s, f"still changing: {value}"
-        time.sleep(0.05)
-        if (now := read()) != value:
-            value, since_s = now, time.monotonic()
-    return value
 
 
 # Completions and chat
