@@ -1,0 +1,465 @@
+"""`baton serve` from its first line to its last process, with simulated engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.live.cluster_process import STOP_TIMEOUT_S, BatonServe, free_port, wait_until_gone
+from tests.live.conftest import MODEL
+
+REFUSE_WITHIN_S = 10.0
+STAGES = ["Preparing the tiny model", "Starting Ray", "Starting prefill-0", "Starting decode-0"]
+
+
+@dataclass
+class Instance:
+    """What `baton serve` puts on the machine, as far as its first line tells."""
+
+    id: str
+    directory: Path
+
+    @classmethod
+    def of(cls, serve: BatonServe) -> Instance:
+        found = re.search(r"instance (\w+), logs in (\S+)", serve.log)
+        assert found is not None, serve.log
+        return cls(found[1], Path(found[2]))
+
+    def processes(self) -> list[psutil.Process]:
+        """All that carry its mark, or name it on their command line as its guard does."""
+        return [process for process in psutil.process_iter() if self._owns(process)]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        try:
+            words = process.cmdline()
+            marked = process.environ().get("BATON_INSTANCE") == self.id
+        except psutil.Error:
+            return False
+        return marked or any(self.id in word for word in words)
+
+    def leftovers(self) -> list[Path]:
+        """Sockets, and the directory of its Ray."""
+        temporary = Path(tempfile.gettempdir())
+        return [*self.directory.rglob("*.sock"), *temporary.glob(f"baton-ray-{self.id}-*")]
+
+
+def start_simulated(**config: Any) -> BatonServe:
+    return BatonServe.start({"engine": "simulated", **config})
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[BatonServe]:
+    """One that serves while others are started beside it."""
+    serve = start_simulated()
+    try:
+        serve.until_healthy()
+        yield serve
+    finally:
+        serve.interrupt()
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., BatonServe]]:
+    """Starts one that may end in any way; nothing of it outlives the test."""
+    serves = []
+
+    def start(**config: Any) -> BatonServe:
+        serves.append(start_simulated(**config))
+        return serves[-1]
+
+    yield start
+    for serve in serves:
+        if serve.process.poll() is None:
+            serve.interrupt()
+
+
+def post(serve: BatonServe, body: dict[str, Any]) -> urllib.request.Request:
+    """A request for a completion."""
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.Request(f"{serve.url}/v1/completions", json.dumps(body).encode(), headers)
+
+
+def complete(serve: BatonServe) -> str:
+    """The text of a short completion."""
+    body = {"model": MODEL, "prompt": "Hello there, " * 30, "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        f"{serve.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        text: str = json.load(response)["choices"][0]["text"]
+    return text
+
+
+def until(condition: Callable[[], bool], limit_s: float, what: str) -> float:
+    began_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began_s < limit_s, f"not within {limit_s} s: {what}"
+        time.sleep(0.05)
+    return time.monotonic() - began_s
+
+
+# The terminal
+
+
+def test_it_tells_stages_durations_and_urls(running: BatonServe) -> None:
+    until(lambda: "Ctrl-C stops it" in running.log, 5, "the URLs are shown")
+    for stage in [*STAGES, "Starting the router unit"]:
+        assert re.search(rf"✓ {stage}.* \d+\.\d s$", running.log, re.MULTILINE), running.log
+    for path in ("/v1", "/health", "/metrics", "/cluster"):
+        assert f"{running.url}{path}\n" in running.log
+    for path in ("/v1/models", "/health", "/metrics", "/cluster"):
+        with urllib.request.urlopen(f"{running.url}{path}", timeout=10) as response:
+            assert response.status == 200
+
+
+def test_the_command_that_it_shows_works_as_printed(running: BatonServe) -> None:
+    until(lambda: "Ctrl-C stops it" in running.log, 5, "the URLs are shown")
+    (command,) = re.findall(r"^ +(curl .*)$", running.log, re.MULTILINE)
+    answer = subprocess.run(
+        ["bash", "-c", f"{command} --silent --noproxy '*'"],
+        capture_output=True,
+        check=True,
+        timeout=30,
+    )
+    assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 16
+
+
+# Ports
+
+
+def refused(serve: BatonServe) -> tuple[list[str], float]:
+    """The lines that it ended with, and after how long."""
+    began_s = time.monotonic()
+    code = serve.process.wait(60)
+    assert code == 2, (code, serve.log)
+    assert "Traceback" not in serve.log
+    return serve.log.splitlines(), time.monotonic() - began_s
+
+
+def test_a_second_one_says_which_port_and_leaves_the_first_alone(running: BatonServe) -> None:
+    before = {p.pid for p in running.processes()}
+    text = complete(running)
+    (line,), took_s = refused(start_simulated(http={"port": running.port}))
+    assert f"port {running.port}" in line
+    assert "another `baton serve`" in line
+    assert "stop that one, or start this one with another port (--port" in line
+    assert took_s < REFUSE_WITHIN_S
+    assert {p.pid for p in running.processes()} == before
+    assert complete(running) == text
+
+
+def test_a_port_that_a_stranger_holds_is_told_with_the_stranger() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        (line,), took_s = refused(start_simulated(http={"port": port}))
+    assert f"port {port}" in line
+    assert f"(pid {os.getpid()})" in line
+    assert "stop that process, or start this one with another port (--port" in line
+    assert "another `baton serve`" not in line
+    assert took_s < REFUSE_WITHIN_S
+
+
+@pytest.mark.slow
+def test_of_two_that_start_on_one_port_one_serves_and_the_other_says_why(
+    started: Callable[..., BatonServe],
+) -> None:
+    port = free_port()
+    both = [started(http={"port": port}) for _ in range(2)]
+    until(lambda: any(s.process.poll() is not None for s in both), 90, "one gives up")
+    (loser,) = [serve for serve in both if serve.process.poll() is not None]
+    (winner,) = [serve for serve in both if serve is not loser]
+    assert loser.process.returncode != 0
+    reasons = [line for line in loser.log.splitlines() if line.startswith("baton serve: ")]
+    assert any(str(port) in line for line in reasons), loser.log
+    winner.until_healthy()
+    assert complete(winner)
+    lost = Instance.of(loser)
+    assert lost.processes() == []
+
+
+# Configuration
+
+
+@dataclass(frozen=True)
+class Mistake:
+    config: str
+    """The YAML file's content."""
+    words: tuple[str, ...]
+    """What the sentence must hold."""
+
+
+MISTAKES = {
+    "unknown key": Mistake(
+        "decode:\n  replica: 2", ("unknown key decode.replica", "did you mean decode.replicas?")
+    ),
+    "unknown section": Mistake("htpp: {port: 9000}", ("unknown key htpp", "did you mean http?")),
+    "wrong type": Mistake("http: {port: many}", ("http.port must be a whole number", "'many'")),
+    "out of range": Mistake("decode: {replicas: 0}", ("decode.replicas must be", "not 0")),
+    "unknown engine argument": Mistake(
+        "engine_args: {max_modellen: 100}", ("engine_args.max_modellen", "max_model_len")
+    ),
+    "engine argument of the wrong type": Mistake(
+        "engine_args: {max_model_len: long}", ("engine_args.max_model_len", "'long'")
+    ),
+    "engine argument that Baton sets": Mistake(
+        "engine_args: {scheduler_cls: mine}", ("engine_args.scheduler_cls",)
+    ),
+    "unknown argument of the simulated engine": Mistake(
+        "engine: simulated\nengine_args: {blocksize: 16}", ("engine_args.blocksize", "block_size")
+    ),
+    "no YAML": Mistake("http: [", ("is no YAML",)),
+}
+
+
+def serve_with(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_in_the_configuration_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    mistake = MISTAKES[kind]
+    path = tmp_path / "baton.yaml"
+    path.write_text(mistake.config)
+    ended = serve_with("--config", str(path))
+    assert ended.returncode == 2, ended
+    (line,) = (ended.stdout + ended.stderr).strip().splitlines()
+    for word in mistake.words:
+        assert word in line
+
+
+def test_a_configuration_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "missing.yaml"
+    ended = serve_with("--config", str(path))
+    assert ended.returncode == 2
+    (line,) = (ended.stdout + ended.stderr).strip().splitlines()
+    assert str(path) in line
+
+
+def test_a_model_directory_without_a_model_is_named_and_nothing_stays(tmp_path: Path) -> None:
+    serve = start_simulated(model={"path": str(tmp_path)})
+    lines, took_s = refused(serve)
+    (line,) = [line for line in lines if line.startswith("baton serve: ")]
+    assert f"model.path: {tmp_path} holds no model" in line
+    assert "config.json" in line
+    assert took_s < 2 * REFUSE_WITHIN_S
+    instance = Instance.of(serve)
+    assert instance.processes() == []
+    assert instance.leftovers() == []
+
+
+# The end
+
+
+def press_ctrl_c(serve: BatonServe) -> None:
+    """As a terminal does: to every process in the foreground."""
+    os.killpg(serve.process.pid, signal.SIGINT)
+
+
+def terminate(serve: BatonServe) -> None:
+    serve.process.send_signal(signal.SIGTERM)
+
+
+def kill(serve: BatonServe) -> None:
+    serve.process.kill()
+
+
+def assert_nothing_is_left(
+    instance: Instance, seen: list[psutil.Process], began_s: float, how: str
+) -> None:
+    """All processes of the instance end within the time allowed, and so do its sockets."""
+    everything = {p.pid: p for p in [*seen, *instance.processes()]}
+    left_s = began_s + STOP_TIMEOUT_S - time.monotonic()
+    left = wait_until_gone(list(everything.values()), max(0.0, left_s))
+    assert left == [], [(p.pid, p.cmdline()) for p in left]
+    print(f"{how}: {len(everything)} processes gone after {time.monotonic() - began_s:.1f} s")
+    assert instance.processes() == []
+    until(lambda: instance.leftovers() == [], 2, f"removed: {instance.leftovers()}")
+
+
+class LongStream(threading.Thread):
+    """A client in the middle of an answer."""
+
+    def __init__(self, serve: BatonServe) -> None:
+        super().__init__(daemon=True)
+        self._serve = serve
+        self.first_event = threading.Event()
+        self.received = b""
+
+    def run(self) -> None:
+        body = {"model": MODEL, "prompt": "x " * 200, "max_tokens": 7000, "stream": True}
+        try:
+            with urllib.request.urlopen(post(self._serve, body), timeout=60) as response:
+                for line in response:
+                    self.received += line
+                    if line.startswith(b"data: "):
+                        self.first_event.set()
+        except (OSError, ValueError):
+            return  # Cut off; what came is kept.
+
+
+@pytest.mark.parametrize(
+    "end", [press_ctrl_c, kill, pytest.param(terminate, marks=pytest.mark.slow)]
+)
+def test_whatever_ends_it_ends_every_process(
+    started: Callable[..., BatonServe], end: Callable[[BatonServe], None]
+) -> None:
+    serve = started()
+    serve.until_healthy()
+    instance = Instance.of(serve)
+    client = LongStream(serve)
+    client.start()
+    assert client.first_event.wait(20)
+    seen = instance.processes()
+    names = " ".join(word for p in seen for word in p.cmdline())
+    for part in ("gcs_server", "raylet", "Supervisor", "PrefillWorker", "DecodeWorker", "guard.py"):
+        assert part in names
+    for part in ("router.unit.anchor", "router.process", "haproxy", "vllm-rs"):
+        assert part in names
+    began_s = time.monotonic()
+    end(serve)
+    code = serve.process.wait(STOP_TIMEOUT_S)
+    assert_nothing_is_left(instance, seen, began_s, end.__name__)
+    client.join(5)
+    assert not client.is_alive()
+    assert b'"finish_reason":"' not in client.received
+    if end is kill:
+        assert code == -signal.SIGKILL
+        # The logs stay, since they may tell why.
+        assert instance.directory.is_dir()
+    else:
+        assert code == 0
+        assert serve.log.endswith("Stopped.\n")
+        assert "Traceback" not in serve.log
+        assert not instance.directory.exists()
+    with socket.create_server(("127.0.0.1", serve.port)):
+        pass  # The port is free again.
+
+
+@pytest.mark.parametrize(
+    ("end", "after_s"),
+    [
+        (press_ctrl_c, 3.0),
+        *(
+            pytest.param(end, after_s, marks=pytest.mark.slow)
+            for end, after_s in [
+                (press_ctrl_c, 1.0),
+                (press_ctrl_c, 6.0),
+                (press_ctrl_c, 8.0),
+                (kill, 1.5),
+                (kill, 4.0),
+                (kill, 7.0),
+            ]
+        ),
+    ],
+)
+def test_an_end_in_the_middle_of_the_start_leaves_nothing(
+    started: Callable[..., BatonServe], end: Callable[[BatonServe], None], after_s: float
+) -> None:
+    serve = started()
+    until(lambda: "instance" in serve.log, 20, "it has said its first line")
+    instance = Instance.of(serve)
+    time.sleep(after_s)  # At that moment, whatever it is doing.
+    seen = instance.processes()
+    began_s = time.monotonic()
+    end(serve)
+    serve.process.wait(STOP_TIMEOUT_S)
+    assert_nothing_is_left(instance, seen, began_s, f"{end.__name__} after {after_s} s")
+
+
+def test_ctrl_c_before_its_first_line_leaves_nothing(started: Callable[..., BatonServe]) -> None:
+    serve = started()
+    until(lambda: psutil.Process(serve.process.pid).cpu_times().user > 0.2, 20, "it has begun")
+    began_s = time.monotonic()
+    press_ctrl_c(serve)
+    serve.process.wait(STOP_TIMEOUT_S)
+    print(f"ended with {serve.process.returncode} after {time.monotonic() - began_s:.1f} s")
+    until(lambda: session(serve.process.pid) == [], STOP_TIMEOUT_S, "its session is empty")
+    if "instance" in serve.log:
+        assert_nothing_is_left(Instance.of(serve), [], began_s, "Ctrl-C at once")
+
+
+def session(leader: int) -> list[int]:
+    """Pids of the processes that a process started in its session."""
+    members = []
+    for pid in psutil.pids():
+        try:
+            if os.getsid(pid) == leader:
+                members.append(pid)
+        except ProcessLookupError:
+            continue
+    return members
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_everything_at_once(started: Callable[..., BatonServe]) -> None:
+    serve = started()
+    serve.until_healthy()
+    instance = Instance.of(serve)
+    seen = instance.processes()
+    began_s = time.monotonic()
+    press_ctrl_c(serve)
+    time.sleep(0.7)  # Less than half a second apart, two count as one.
+    press_ctrl_c(serve)
+    serve.process.wait(5)
+    assert_nothing_is_left(instance, seen, began_s, "twice Ctrl-C")
+
+
+# Beside each other
+
+
+def test_two_on_one_machine_do_not_disturb_each_other(
+    running: BatonServe, started: Callable[..., BatonServe]
+) -> None:
+    expected = complete(running)
+    before = {p.pid for p in running.processes()}
+    other = started(simulated={"step_base_s": 0.002})
+    answers = 0
+    while not healthy(other):
+        assert complete(running) == expected
+        answers += 1
+        assert answers < 3000
+    assert complete(other) == expected
+    assert not {p.pid for p in other.processes()} & before
+    other.process.send_signal(signal.SIGINT)
+    while other.process.poll() is None:
+        assert complete(running) == expected
+        answers += 1
+        assert answers < 6000
+    print(f"{answers} requests were served meanwhile")
+    assert complete(running) == expected
+    assert {p.pid for p in running.processes()} == before
+    assert all(worker["restarts"] == 0 for worker in running.workers())
+
+
+def healthy(serve: BatonServe) -> bool:
+    assert serve.process.poll() is None, serve.log
+    try:
+        with urllib.request.urlopen(f"{serve.url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
