@@ -103,6 +103,9 @@ frontend edge
     http-request set-header X-Request-Id %[var(txn.ticket)] if asks_ticket
     http-after-response set-header X-Request-Id %[var(txn.ticket)] if {{ var(txn.ticket) -m found }}
 
+    # The router knows its workers, the edge its front; a request can be served with both.
+    http-request deny deny_status 503 if {{ path /health }} {{ nbsrv(front) lt 1 }}
+
     use_backend router if asks_router
     use_backend operator if asks_operator
     default_backend front
