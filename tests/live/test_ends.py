@@ -226,7 +226,7 @@ async def come_and_leave(cluster: BatonServe, dice: random.Random) -> None:
     """One client: anything from half a request to many tokens, then it is gone."""
     stream = Stream(random_prompt(dice, dice.randint(1, 1500)), 1000)
     client = await LeavingClient.connect(cluster, stream)
-    moment = dice.choice(["half sent", "sent", "sent", "head", "events", "events", "later"])
+    moment = dice.choice(["half sent", "sent", "head", "events", "events", "later", "later"])
     await client.send(dice.random() if moment == "half sent" else 1.0)
     if moment in ("head", "events"):
         await client.read_head()

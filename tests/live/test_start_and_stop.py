@@ -432,6 +432,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(started: Callable[..., BatonSer
 # Beside each other
 
 
+@pytest.mark.slow
 def test_two_on_one_machine_do_not_disturb_each_other(
     running: BatonServe, started: Callable[..., BatonServe]
 ) -> None:
