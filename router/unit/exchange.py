@@ -26,8 +26,10 @@ from router.unit.relay import Relay
 _log = logging.getLogger("anchor")
 
 ROUTER_AWAY_S: Final = 10.0
+"""Without a router that works for this long, the requests under way end with an error."""
 ROUTER_SETTLED_S: Final = 2.0
-"""Without a router for this long, the requests under way end with an error."""
+"""A router works once it has delivered something, or has lived for this long: one whose defect is
+tied to a request under way dies at once, and so do all that follow."""
 FRONT_STALLED_S: Final = 5.0
 """A front that takes nothing of what waits for it for this long is to be ended."""
 
@@ -45,8 +47,7 @@ class Exchange:
         self._broken_fronts: set[int] = set()
         self._connections: set[RouterLink] = set()
         self._router: RouterLink | None = None
-        self._router_left_s = self._router_came_s = time.monotonic()
-        """When a router was last here that stayed: one that dies at once does not count."""
+        self._router_worked_s = self._router_came_s = time.monotonic()
         self._ready: bytes | None = None
         reactor.on_readable(listener.fileno(), self._accept)
 
@@ -84,12 +85,13 @@ class Exchange:
         return broken
 
     def end_orphans(self, now_s: float) -> None:
-        """End what is under way once the router has been away for too long."""
-        if self._router is not None and now_s - self._router_came_s >= ROUTER_SETTLED_S:
-            self._router_left_s = now_s
-        if now_s - self._router_left_s < ROUTER_AWAY_S:
+        """End what is under way once there has been no router that works for too long."""
+        if self._router is not None:
+            if now_s - self._router_came_s >= ROUTER_SETTLED_S:
+                self._router_worked_s = now_s
             return
-        self._router_left_s = now_s
+        if now_s - self._router_worked_s < ROUTER_AWAY_S:
+            return
         for front, payloads in self._relay.end_all().items():
             _log.error("no router: %d requests of front %d end in error", len(payloads), front)
             self._to_front(front, enginecore.relay_outputs(payloads, time.monotonic()))
@@ -187,6 +189,7 @@ class Exchange:
     def _deliver(self, front: int, deliveries: Iterable[anchor_link.Delivery]) -> None:
         given = self._relay.deliver(front, deliveries)
         if given.payloads:
+            self._router_worked_s = time.monotonic()
             self._to_front(front, enginecore.relay_outputs(given.payloads, time.monotonic()))
         if given.broken:
             _log.error("tokens are missing before those that came for %s", given.broken)

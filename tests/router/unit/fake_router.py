@@ -68,6 +68,8 @@ class FakeRouter:
     def handle(self, message: anchor_link.FromAnchor) -> None:
         match message:
             case anchor_link.Snapshot():
+                if (self.paths.directory / "doomed").exists():
+                    os._exit(1)
                 for request in message.underway:
                     start = max(0, request.given_tokens - SENT_AGAIN_TOKENS)
                     self.generate(request.front, request.payload, start)

