@@ -1,8 +1,9 @@
-"""What a hand-off costs between two engines: `python -m benchmarks.handoff [--rounds N]`.
+"""What a hand-off costs between two engines: `python -m benchmarks.handoff`.
 
 Two vLLM engines on this machine with the tiny model; for each prompt length, interleaved: the
 prefill leg (prompt and first token), the decode leg (from the manifest to the second token), and
 the same two tokens by one engine alone. Also each idle engine's CPU. Prints a Markdown table.
+`--nixl-thread` measures the same with NIXL's own progress thread (docs/adr/0003).
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from tests.live.vllm_engines import make_vllm
 PROMPT_TOKENS = (16, 128, 512, 1024, 2000)
 IDLE_S = 3.0
 WARM_UP_ROUNDS = 3
+
+
+class StockAgentEngine(VllmEngine):
+    connector_module = "benchmarks.stock_agent"
+    connector_class = "StockAgentConnector"
 
 
 async def one_round(source: Driver, target: Driver, tokens: int) -> tuple[float, float, float]:
@@ -62,11 +68,11 @@ def cell(values_s: Sequence[float]) -> str:
     return f"{statistics.median(values_s) * 1e3:.1f} ({p90_s * 1e3:.1f})"
 
 
-async def run(rounds: int) -> None:
+async def run(rounds: int, engine: type[VllmEngine]) -> None:
     model = build(tiny_directory())
     async with (
-        driven(lambda: make_vllm(model, "source")) as source,
-        driven(lambda: make_vllm(model, "target")) as target,
+        driven(lambda: make_vllm(model, "source", engine=engine)) as source,
+        driven(lambda: make_vllm(model, "target", engine=engine)) as target,
     ):
         for _ in range(WARM_UP_ROUNDS):
             await one_round(source, target, PROMPT_TOKENS[0])
@@ -86,7 +92,10 @@ async def run(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    asyncio.run(run(parser.parse_args().rounds))
+    parser.add_argument("--nixl-thread", action="store_true")
+    arguments = parser.parse_args()
+    engine = StockAgentEngine if arguments.nixl_thread else VllmEngine
+    asyncio.run(run(arguments.rounds, engine))
 
 
 if __name__ == "__main__":

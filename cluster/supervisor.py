@@ -185,7 +185,11 @@ class Supervisor:
         """Start a worker and watch it until it dies."""
         spec = self._spec(start)
         os.makedirs(spec.run_directory, mode=0o700, exist_ok=True)
-        actor = self._create(spec)
+        try:
+            actor = self._create(spec)
+        except ValueError as error:  # The name may still be that of one that was just ended.
+            await self._bury(start.worker_id, None, str(error))
+            return
         self._actors[start.worker_id] = actor
         began_s = time.monotonic()
         try:
@@ -230,11 +234,12 @@ class Supervisor:
         self._was_ready.add(address.role)
         self._version += 1
 
-    async def _bury(self, worker_id: WorkerId, actor: Any, reason: str) -> None:
+    async def _bury(self, worker_id: WorkerId, actor: Any | None, reason: str) -> None:
         if self._closing:
             return
-        ray.kill(actor)
-        del self._actors[worker_id]
+        if actor is not None:
+            ray.kill(actor)
+            del self._actors[worker_id]
         slot = self._slot(worker_id)
         if slot.state == "starting":
             self._tell(worker_id, "failed", reason, fatal=slot.role not in self._was_ready)

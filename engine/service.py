@@ -12,8 +12,8 @@ import hmac
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from typing import Final
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Final
 
 import grpc
 import msgspec
@@ -109,7 +109,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         port: int = self._server.add_insecure_port(f"{self._spec.listen_host}:0")
         await self._server.start()
-        self._tasks.append(asyncio.create_task(self._tell_idle_routers()))
+        self._tasks.append(self._spawn(self._tell_idle_routers()))
         return port
 
     async def run(self) -> None:
@@ -151,7 +151,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """A router's stream, for as long as both live."""
         await self._check_token(context)
         link = await self._greet(request_iterator, context)
-        reader = asyncio.create_task(self._read(link, request_iterator))
+        reader = self._spawn(self._read(link, request_iterator))
         try:
             yield worker_pb2.WorkerMessage(welcome=self._welcome(link.router_id))
             async for message in link.messages():
@@ -159,6 +159,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         finally:
             reader.cancel()
             self._detach(link)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run beside the streams; a defect is logged when it happens, not when it is collected."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(_log_defect)
+        return task
 
     async def _check_token(self, context: grpc.aio.ServicerContext) -> None:
         metadata = dict(context.invocation_metadata() or ())
@@ -307,3 +313,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             "baton:kv_blocks_used": float(load.kv_blocks_used),
             "baton:kv_blocks_total": float(load.kv_blocks_total),
         }
+
+
+def _log_defect(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a defect in the worker", exc_info=error)

@@ -103,9 +103,14 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
         self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
-        if current_platform.is_cpu():
+        if self.paces_progress():
             self.nixl_wrapper = PacedAgent()
         self._released: set[str] = set()
+
+    @staticmethod
+    def paces_progress() -> bool:
+        """Whether NIXL's own progress thread would take cores that the model needs."""
+        return bool(current_platform.is_cpu())
 
     def start_load_kv(self, metadata: BatonConnectorMetadata) -> None:
         super().start_load_kv(metadata)
