@@ -31,12 +31,15 @@ _HEALTH_EVERY_S: Final = 0.2
 _SAME_SIGNAL_S: Final = 0.5
 _STOP_WORKERS_S: Final = 6.0
 _STOP_RAY_S: Final = 2.0
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve(config: Config) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit code. Call it from the main thread."""
     launch.check_binaries()
     check_port(config.http.host, config.http.port)
+    # Held back until someone takes them: the guard doesn't watch over the directories yet.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     instance = Instance(config.run_directory)
     terminal = Terminal()
     terminal.line(f"Baton, instance {instance.id}, logs in {instance.directory}")
@@ -66,6 +69,7 @@ class _Run:
     async def run(self) -> int:
         self._work = work = asyncio.ensure_future(self._serve())
         self._take_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         code = 0
         try:
             await work
@@ -84,7 +88,7 @@ class _Run:
 
     def _take_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:

@@ -115,6 +115,7 @@ def serving() -> Iterator[Serving]:
 
 def test_a_life(serving: Serving) -> None:
     until(lambda: serving.ready("prefill-0", "decode-0"), 60)
+    until(lambda: serving.anchor() is not None, 20)  # The unit answers before it is announced.
     (router,) = serving.get("/cluster/routers")["routers"]
     assert router["id"] == "router-0"
     assert psutil.Process(router["anchor"]).is_running()

@@ -90,6 +90,13 @@ def started() -> Iterator[Callable[..., BatonServe]]:
             serve.interrupt()
 
 
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """Paths of sockets are short, and pytest's directories may be long."""
+    with tempfile.TemporaryDirectory(prefix="baton-") as directory:
+        yield Path(directory)
+
+
 def post(serve: BatonServe, body: dict[str, Any]) -> urllib.request.Request:
     """A request for a completion."""
     headers = {"Content-Type": "application/json"}
@@ -109,11 +116,13 @@ def complete(serve: BatonServe) -> str:
     return text
 
 
-def until(condition: Callable[[], bool], limit_s: float, what: str) -> float:
+def until(
+    condition: Callable[[], bool], limit_s: float, what: str, *, every_s: float = 0.05
+) -> float:
     began_s = time.monotonic()
     while not condition():
         assert time.monotonic() - began_s < limit_s, f"not within {limit_s} s: {what}"
-        time.sleep(0.05)
+        time.sleep(every_s)
     return time.monotonic() - began_s
 
 
@@ -401,6 +410,19 @@ def test_ctrl_c_before_its_first_line_leaves_nothing(started: Callable[..., Bato
     until(lambda: session(serve.process.pid) == [], STOP_TIMEOUT_S, "its session is empty")
     if "instance" in serve.log:
         assert_nothing_is_left(Instance.of(serve), [], began_s, "Ctrl-C at once")
+
+
+def test_ctrl_c_while_it_makes_its_directories_leaves_nothing(
+    started: Callable[..., BatonServe], short_directory: Path
+) -> None:
+    base = short_directory / "run"
+    serve = started(run_directory=str(base))
+    until(lambda: any(base.glob("*")), 20, "its directory is there", every_s=0.001)
+    (directory,) = base.iterdir()
+    press_ctrl_c(serve)
+    assert serve.process.wait(STOP_TIMEOUT_S) == 0, serve.log
+    assert Instance(directory.name, directory).leftovers() == []
+    assert not directory.exists()
 
 
 def session(leader: int) -> list[int]:
