@@ -58,14 +58,14 @@ class Serving:
         """Whether exactly these workers serve."""
         try:
             return {w["id"] for w in self.workers() if w["state"] == "ready"} == set(names)
-        except (OSError, ValueError):
+        except (OSError, ValueError, IndexError):  # Also while it is not announced yet.
             assert self.process.poll() is None, self.output.read_text()
             return False
 
     def anchor(self) -> int | None:
         try:
             pid: int | None = self.get("/cluster/routers")["routers"][0]["anchor"]
-        except (OSError, ValueError):
+        except (OSError, ValueError, IndexError):  # Also while it is not announced yet.
             return None
         return pid
 
