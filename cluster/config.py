@@ -102,6 +102,11 @@ class RouterSection(_Section):
         description="Prompts of at most this many tokens are computed on the decode worker, since "
         "moving their state would take longer.",
     )
+    max_requests: int = Field(
+        default=10_000,
+        ge=1,
+        description="So many requests under way per router, further ones get status 429.",
+    )
 
 
 class KvSection(_Section):

@@ -107,6 +107,7 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         link_token=link_token,
         expect_prefill=config.prefill.replicas > 0,
         local_prefill_max_tokens=config.router.local_prefill_max_tokens,
+        max_requests=config.router.max_requests,
         served_model_names=names,
     )
     serve.start(proxy_location="Disabled")

@@ -143,7 +143,7 @@ class Attempts:
             request_key=submit.request_key,
             attempt=submit.attempt,
             first_position=len(submit.output_token_ids),
-            finish=worker_pb2.ERROR,
+            finish=worker_pb2.REFUSED,
             error=reason,
         )
 

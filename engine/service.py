@@ -222,27 +222,28 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             with contextlib.suppress(grpc.RpcError):
                 async for message in messages:
-                    self._handle(link, message)
+                    for command in message.commands:
+                        self._handle(link, command)
         finally:
             # Also after a defect: a link that hears nothing must not look alive.
             link.close()
 
-    def _handle(self, link: RouterLink, message: worker_pb2.RouterMessage) -> None:
-        if message.HasField("submit"):
-            self._submit(link, message.submit)
-        elif message.HasField("abort"):
-            abort = message.abort
+    def _handle(self, link: RouterLink, command: worker_pb2.Command) -> None:
+        if command.HasField("submit"):
+            self._submit(link, command.submit)
+        elif command.HasField("abort"):
+            abort = command.abort
             engine_id = self._attempts.abort(link.router_id, abort.request_key, abort.attempt)
             if engine_id is not None:
                 self._engine.abort([engine_id])
-        elif message.HasField("resend"):
-            resend = message.resend
+        elif command.HasField("resend"):
+            resend = command.resend
             attempt = self._attempts.find(link.router_id, resend.request_key, resend.attempt)
             if attempt is not None:
                 again = list(self._attempts.resend(attempt, resend.from_position))
                 link.put(again, self._load_message())
-        elif message.HasField("forget"):
-            forget = message.forget
+        elif command.HasField("forget"):
+            forget = command.forget
             unfinished = self._attempts.forget(link.router_id, forget.request_key, forget.attempt)
             if unfinished is not None:
                 self._engine.abort([unfinished])

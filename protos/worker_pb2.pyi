@@ -15,26 +15,34 @@ class Finish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ABORTED: _ClassVar[Finish]
     ERROR: _ClassVar[Finish]
     REPETITION: _ClassVar[Finish]
+    REFUSED: _ClassVar[Finish]
 NOT_FINISHED: Finish
 STOP: Finish
 LENGTH: Finish
 ABORTED: Finish
 ERROR: Finish
 REPETITION: Finish
+REFUSED: Finish
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "abort", "resend", "forget")
+    __slots__ = ("hello", "commands")
     HELLO_FIELD_NUMBER: _ClassVar[int]
+    COMMANDS_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    commands: _containers.RepeatedCompositeFieldContainer[Command]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Iterable[_Union[Command, _Mapping]]] = ...) -> None: ...
+
+class Command(_message.Message):
+    __slots__ = ("submit", "abort", "resend", "forget")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RESEND_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
-    hello: Hello
     submit: Submit
     abort: Abort
     resend: Resend
     forget: Forget
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ...) -> None: ...
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "router_incarnation")

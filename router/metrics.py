@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
-from router.core.events import End, Ended
+from router.core.events import End, Ended, Fault
 from router.core.outbox import Counts
 from router.core.router import RouterCore
 
@@ -59,6 +59,7 @@ class Measured:
 
     def __init__(self) -> None:
         self.ends: Counter[End] = Counter()
+        self.faults: Counter[Fault] = Counter()
         self.output_tokens = 0
         self.time_to_first_token = Histogram(TTFT_BOUNDS_S)
         self.duration = Histogram(DURATION_BOUNDS_S)
@@ -67,6 +68,8 @@ class Measured:
     def observe(self, ended: Ended) -> None:
         """Count a request."""
         self.ends[ended.end] += 1
+        if ended.fault is not None:
+            self.faults[ended.fault] += 1
         self.output_tokens += ended.output_tokens
         if ended.time_to_first_token_s is not None:
             self.time_to_first_token.observe(ended.time_to_first_token_s)
@@ -108,6 +111,11 @@ def _own_families(
     ends = CounterMetricFamily("baton_requests", "Requests by how they ended.", labels=["end"])
     for end in End:
         ends.add_metric([end], measured.ends[end])
+    faults = CounterMetricFamily(
+        "baton_failed_requests", "Requests that failed, by why.", labels=["fault"]
+    )
+    for fault in Fault:
+        faults.add_metric([fault], measured.faults[fault])
     counts = core.moves.counts
     decisions = CounterMetricFamily(
         "baton_decisions", "Placements by their reason.", labels=["reason"]
@@ -130,7 +138,7 @@ def _own_families(
     )
     for state, count in states.items():
         under_way.add_metric([state], count)
-    families: list[Any] = [ends, decisions, tokens, *plain, up, under_way]
+    families: list[Any] = [ends, faults, decisions, tokens, *plain, up, under_way]
     for name, text, histogram in (
         ("time_to_first_token", "From the router's sight of it.", measured.time_to_first_token),
         ("e2e_request_latency", "Of complete requests.", measured.duration),

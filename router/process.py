@@ -24,7 +24,7 @@ import msgspec
 import uvloop
 
 from protos import anchor_link, enginecore, membership
-from protos.ids import RequestKey, WorkerId, request_key
+from protos.ids import RequestKey, TicketId, WorkerId, request_key
 from router import anchor_client
 from router.core.events import (
     AbortOn,
@@ -44,6 +44,7 @@ from router.core.events import (
     SnapshotTaken,
     Submit,
     Tick,
+    TicketAsked,
     TicketGranted,
     TicketRefused,
 )
@@ -54,7 +55,14 @@ from router.edge_log import EdgeLog
 from router.metrics import Measured
 from router.report import Report
 from router.settings import RouterSettings, UnitPaths, load_router
-from router.tickets import TicketConnection, TicketMint, answer_line, parse_question
+from router.tickets import (
+    TicketConnection,
+    TicketMint,
+    answer,
+    answer_line,
+    left_s,
+    reason_line,
+)
 from router.worker_links import WorkerLinks
 
 _log = logging.getLogger("router")
@@ -73,8 +81,9 @@ class RouterProcess:
         self._settings = settings
         self._incarnation = time.time_ns()
         core_settings = CoreSettings(
-            settings.expect_prefill, settings.local_prefill_max_tokens, settings.kept_records
-        )
+            settings.expect_prefill, settings.local_prefill_max_tokens, settings.kept_records,
+            settings.max_requests,
+        )  # fmt: skip
         tie_break = random.Random(self._incarnation).randrange
         self.core = RouterCore(core_settings, POLICIES[POLICY](tie_break))
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
@@ -154,13 +163,15 @@ class RouterProcess:
 
     def _answer(self, line: str) -> bytes:
         """A line of the edge."""
-        question = parse_question(line, self._mint.issue(time.time()))
-        if question is None:
-            return answer_line(TicketRefused(500, None, "The edge's question can't be read."))
-        *others, answer = self.core.handle(time.monotonic(), question)
-        assert not others
-        assert isinstance(answer, TicketGranted | TicketRefused)
-        return answer_line(answer)
+        kind, _, ticket = line.partition("\t")
+        if kind == "why":
+            return reason_line(self.core.book.find(ticket))
+        return answer_line(answer(line, self._mint, time.time(), self._decide_ticket))
+
+    def _decide_ticket(self, question: TicketAsked) -> TicketGranted | TicketRefused:
+        (decided,) = self.core.handle(time.monotonic(), question)
+        assert isinstance(decided, TicketGranted | TicketRefused)
+        return decided
 
     # From the anchor
 
@@ -188,7 +199,9 @@ class RouterProcess:
         except msgspec.DecodeError as error:
             self._refuse(message.front, message.request_id, key, error)
             return
-        self.feed(RequestArrived(key, request, self._mint.find(request, time.time())))
+        wall_s = time.time()
+        ticket = self._mint.find(request, wall_s)
+        self.feed(RequestArrived(key, request, ticket, _deadline_s(ticket, wall_s)))
 
     def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
         underway = []
@@ -199,8 +212,10 @@ class RouterProcess:
             except msgspec.DecodeError as error:
                 self._refuse(each.front, each.request_id, key, error, each.given_tokens)
                 continue
-            ticket = self._mint.find(request, time.time(), late=True)
-            underway.append(RequestRecovered(key, request, ticket, each.given_tokens))
+            wall_s = time.time()
+            ticket = self._mint.find(request, wall_s, late=True)
+            deadline_s = _deadline_s(ticket, wall_s)
+            underway.append(RequestRecovered(key, request, ticket, each.given_tokens, deadline_s))
         self.feed(SnapshotTaken(tuple(underway)))
         self._took_over = True
         if self._membership is not None:
@@ -277,6 +292,12 @@ class _FrontsTold:
         ready = enginecore.decode_ready(self._payload)
         ready.max_model_len = max_model_len_tokens
         return enginecore.encode(ready)
+
+
+def _deadline_s(ticket: TicketId | None, wall_s: float) -> float | None:
+    """A ticket's deadline on the core's clock."""
+    remaining_s = left_s(ticket, wall_s)
+    return None if remaining_s is None else time.monotonic() + remaining_s
 
 
 def _load_http_api() -> ModuleType:

@@ -26,6 +26,8 @@ class UnitPaths:
         self.ticket_socket = self.directory / "tickets.sock"
         self.router_socket = self.directory / "router.sock"
         self.edge_log_socket = self.directory / "edge-log.sock"
+        self.edge_socket = self.directory / "edge.sock"
+        """The edge's routes for Baton's own processes."""
         self.edge_config = self.directory / "haproxy.cfg"
         self.anchor_state = self.directory / "anchor-state.json"
         """Written by the anchor: pids and start times of itself and what it started."""
@@ -46,8 +48,8 @@ class UnitSettings(Struct, frozen=True, kw_only=True):
     model: str
     """Directory or hub id, as the front's tokeniser loads it; `root` in /v1/models."""
     served_model_names: list[str]
-    vllm_rs: str
-    """Path of the fast front's binary."""
+    vllm_rs: str | None
+    """Path of the fast front's binary; without one the full front serves all paths."""
     haproxy: str
     """Path of the edge's binary."""
     admin_address: str
@@ -58,6 +60,11 @@ class UnitSettings(Struct, frozen=True, kw_only=True):
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     max_body_bytes: int = 32 * 1024 * 1024
+    stream_keep_alive_s: float = 15.0
+    """A stream of the full front that was silent for this long gets a comment event."""
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int | None = None
+    """Where the gRPC front listens; without one there is none."""
     environment: dict[str, str] = {}
 
 
@@ -75,6 +82,8 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     """Longer than any upload may take: a ticket is given before the body is read."""
     worker_reconnect_s: float = 10.0
     """How long a worker whose link broke, but whose process may live, keeps its requests."""
+    max_requests: int = 10_000
+    """So many under way, further ones are refused with status 429."""
     kept_records: int = 10_000
     """Ended requests whose decisions can still be asked for."""
 

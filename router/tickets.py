@@ -3,9 +3,12 @@
 One line in, one line out, then the connection ends or asks again:
     v1 TAB method TAB path TAB name=value ...
     200 TAB ticket    or    status TAB retry-after seconds or "-" TAB message
+    why TAB ticket                         (a front answered 5xx: what is known of it)
+    status TAB retry-after TAB message     or    -
 
-A ticket certifies itself: whoever has the cluster's token can tell that it was issued and when. So
-a router accepts what its predecessor issued, and keeps no list.
+A ticket certifies itself: whoever has the cluster's token can tell that it was issued, when, and by
+when its requests must have ended. So a router accepts what its predecessor issued, and keeps no
+list.
 """
 
 from __future__ import annotations
@@ -14,35 +17,54 @@ import asyncio
 import hashlib
 import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, cast
 
 from protos.enginecore import EngineRequest
 from protos.ids import TicketId
-from router.core.events import TicketAsked, TicketGranted, TicketRefused
-from router.core.records import TICKET_PATTERN
+from router.core.events import Fault, TicketAsked, TicketGranted, TicketRefused
+from router.core.records import TICKET_PATTERN, TicketStory
 
 LONGEST_LINE_BYTES: Final = 64 * 1024
-_TIME_DIGITS: Final = 8
+DEADLINE_FIELD: Final = "x-baton-deadline-ms"
+LONGEST_DEADLINE_MS: Final = 24 * 3600 * 1000
+_TIME_DIGITS: Final = 12
+_DEADLINE_DIGITS: Final = 8
+_DEADLINE_AT: Final = slice(_TIME_DIGITS, _TIME_DIGITS + _DEADLINE_DIGITS)
 _NONCE_BYTES: Final = 6
-_SIGNED_DIGITS: Final = _TIME_DIGITS + 2 * _NONCE_BYTES
+_SIGNED_DIGITS: Final = _TIME_DIGITS + _DEADLINE_DIGITS + 2 * _NONCE_BYTES
 _SIGNATURE_DIGITS: Final = 12
 _ISSUED_AHEAD_S: Final = 5.0
 """How far the clock of another router's node may be ahead."""
+
+FAULT_STATUS: Final[dict[Fault, tuple[int, int | None]]] = {
+    Fault.REFUSED: (400, None),
+    Fault.DEADLINE: (504, None),
+    Fault.NO_WORKER: (503, 5),
+    Fault.WORKER_LOST: (502, 1),
+    Fault.POISON: (500, None),
+    Fault.ENGINE: (500, None),
+    Fault.FRONT_LOST: (502, 1),
+}
+"""HTTP status and Retry-After, in seconds, of a response that had not begun."""
 
 Answer = TicketGranted | TicketRefused
 
 
 class TicketMint:
-    """Issues and checks ticket ids: 32 hex digits of issue time, nonce and signature."""
+    """Issues and checks ticket ids.
+
+    44 hex digits: issue time in ms, deadline in ms after it (0: none), nonce, signature.
+    """
 
     def __init__(self, link_token: str, ttl_s: float) -> None:
         self._key = hmac.digest(link_token.encode(), b"baton ticket", hashlib.sha256)
         self._ttl_s = ttl_s
 
-    def issue(self, wall_s: float) -> TicketId:
+    def issue(self, wall_s: float, deadline_ms: int = 0) -> TicketId:
         """A new one, valid for the time to live."""
-        signed = f"{int(wall_s):0{_TIME_DIGITS}x}{os.urandom(_NONCE_BYTES).hex()}"
+        times = f"{int(wall_s * 1000):0{_TIME_DIGITS}x}{deadline_ms:0{_DEADLINE_DIGITS}x}"
+        signed = times + os.urandom(_NONCE_BYTES).hex()
         return TicketId(signed + self._signature(signed))
 
     def find(self, request: EngineRequest, wall_s: float, late: bool = False) -> TicketId | None:
@@ -57,21 +79,71 @@ class TicketMint:
         signed, signature = ticket[:_SIGNED_DIGITS], ticket[_SIGNED_DIGITS:]
         if not hmac.compare_digest(signature, self._signature(signed)):
             return False
-        age_s = wall_s - int(signed[:_TIME_DIGITS], 16)
-        return late or -_ISSUED_AHEAD_S <= age_s <= self._ttl_s
+        return late or -_ISSUED_AHEAD_S <= wall_s - _issued_s(ticket) <= self._ttl_s
 
     def _signature(self, signed: str) -> str:
         return hmac.digest(self._key, signed.encode(), hashlib.sha256).hex()[:_SIGNATURE_DIGITS]
 
 
-def parse_question(line: str, ticket: TicketId) -> TicketAsked | None:
-    """None if it is not a question of version 1."""
+def left_s(ticket: TicketId | None, wall_s: float) -> float | None:
+    """Time until the deadline of a valid ticket, negative once it has passed; None without one."""
+    deadline_ms = int(ticket[_DEADLINE_AT], 16) if ticket is not None else 0
+    if ticket is None or not deadline_ms:
+        return None
+    return _issued_s(ticket) + deadline_ms / 1000 - wall_s
+
+
+def _issued_s(ticket: str) -> float:
+    return int(ticket[:_TIME_DIGITS], 16) / 1000
+
+
+def parse_question(line: str) -> tuple[str, str, Mapping[str, str]] | None:
+    """Method, path and fields; None if it is not a question of version 1."""
     version, *rest = line.split("\t")
     if version != "v1" or len(rest) < 2:
         return None
     method, path, *fields = rest
-    named = dict(field.split("=", 1) for field in fields if "=" in field)
-    return TicketAsked(ticket, method, path, named)
+    return method, path, dict(field.split("=", 1) for field in fields if "=" in field)
+
+
+def answer(
+    line: str, mint: TicketMint, wall_s: float, decide: Callable[[TicketAsked], Answer]
+) -> Answer:
+    """To a question for a ticket."""
+    question = parse_question(line)
+    if question is None:
+        return TicketRefused(500, None, "The edge's question can't be read.")
+    method, path, fields = question
+    try:
+        deadline_ms = _deadline_ms(fields)
+    except ValueError:
+        message = (
+            f"X-Baton-Deadline-Ms is a whole number of milliseconds from 1 to {LONGEST_DEADLINE_MS}"
+            f", not {fields[DEADLINE_FIELD]}."
+        )
+        return TicketRefused(400, None, message)
+    return decide(TicketAsked(mint.issue(wall_s, deadline_ms), method, path, fields))
+
+
+def _deadline_ms(fields: Mapping[str, str]) -> int:
+    text = fields.get(DEADLINE_FIELD)
+    if text is None:
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(LONGEST_DEADLINE_MS))):
+        raise ValueError(text)
+    deadline_ms = int(text)
+    if not 1 <= deadline_ms <= LONGEST_DEADLINE_MS:
+        raise ValueError(text)
+    return deadline_ms
+
+
+def reason_line(story: TicketStory | None) -> bytes:
+    """Why a ticket's request failed, as it goes to the edge."""
+    failed = story.failure if story is not None else None
+    if failed is None or failed.fault is None:
+        return b"-\n"
+    status, retry_after_s = FAULT_STATUS[failed.fault]
+    return answer_line(TicketRefused(status, retry_after_s, failed.error))
 
 
 def answer_line(answer: Answer) -> bytes:
@@ -79,7 +151,9 @@ def answer_line(answer: Answer) -> bytes:
     if isinstance(answer, TicketGranted):
         return f"200\t{answer.ticket}\n".encode()
     retry_after = "-" if answer.retry_after_s is None else answer.retry_after_s
-    return f"{answer.status}\t{retry_after}\t{answer.message}\n".encode()
+    # One line: what engines say may hold several.
+    message = " ".join(answer.message.split())
+    return f"{answer.status}\t{retry_after}\t{message}\n".encode()
 
 
 class TicketConnection(asyncio.Protocol):

@@ -51,6 +51,8 @@ SILENCE_S: Final = 5.0
 """Workers report several times a second; one that says nothing for so long counts as cut off."""
 QUEUED_MESSAGES: Final = 20_000
 """A worker that takes nothing until so many wait counts as cut off."""
+FULL_MESSAGE_BYTES: Final = 1024 * 1024
+"""Commands that wait together go out together, until prompts make up as much as this."""
 _MESSAGE_BYTES: Final = 256 * 1024 * 1024
 _OPTIONS: Final = [
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
@@ -96,12 +98,12 @@ class WorkerLink:
         self._said_dead = False
         self._call: Any = None
         self._heard_s = 0.0
-        self._queue: deque[worker_pb2.RouterMessage] = deque()
+        self._queue: deque[worker_pb2.Command] = deque()
         self._queued = asyncio.Event()
 
     def send(self, command: ToWorker) -> None:
         """Queue a command; it is lost if the link breaks before it is sent."""
-        self._queue.append(_message(command))
+        self._queue.append(_command(command))
         self._queued.set()
         if len(self._queue) > QUEUED_MESSAGES and self._call is not None:
             self._call.cancel()
@@ -192,9 +194,20 @@ class WorkerLink:
     async def _send_queued(self, call: Any) -> None:
         while True:
             while self._queue:
-                await call.write(self._queue.popleft())
+                await call.write(worker_pb2.RouterMessage(commands=self._next_commands()))
             self._queued.clear()
             await self._queued.wait()
+
+
+    def _next_commands(self) -> list[worker_pb2.Command]:
+        """The oldest that wait, as many as a message may hold."""
+        commands: list[worker_pb2.Command] = []
+        size_bytes = 0
+        while self._queue and size_bytes < FULL_MESSAGE_BYTES:
+            command = self._queue.popleft()
+            commands.append(command)
+            size_bytes += len(command.submit.engine_request)
+        return commands
 
 
 class WorkerLinks:
@@ -268,7 +281,7 @@ async def _refuses(address: str) -> bool:
     return False
 
 
-def _message(command: ToWorker) -> worker_pb2.RouterMessage:
+def _command(command: ToWorker) -> worker_pb2.Command:
     key, attempt = command.key, command.attempt
     if isinstance(command, Submit):
         submit = worker_pb2.Submit(
@@ -276,15 +289,15 @@ def _message(command: ToWorker) -> worker_pb2.RouterMessage:
             engine_request=command.engine_request, output_token_ids=command.output_token_ids,
             manifest=command.manifest, hand_off=command.hand_off,
         )  # fmt: skip
-        return worker_pb2.RouterMessage(submit=submit)
+        return worker_pb2.Command(submit=submit)
     if isinstance(command, AbortOn):
-        return worker_pb2.RouterMessage(abort=worker_pb2.Abort(request_key=key, attempt=attempt))
+        return worker_pb2.Command(abort=worker_pb2.Abort(request_key=key, attempt=attempt))
     if isinstance(command, Forget):
-        return worker_pb2.RouterMessage(forget=worker_pb2.Forget(request_key=key, attempt=attempt))
+        return worker_pb2.Command(forget=worker_pb2.Forget(request_key=key, attempt=attempt))
     resend = worker_pb2.Resend(
         request_key=key, attempt=attempt, from_position=command.from_position
     )
-    return worker_pb2.RouterMessage(resend=resend)
+    return worker_pb2.Command(resend=resend)
 
 
 def _worker_up(welcome: worker_pb2.Welcome) -> WorkerUp:

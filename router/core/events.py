@@ -35,6 +35,8 @@ class Finish(IntEnum):
     ABORTED = 3
     ERROR = 4
     REPETITION = 5
+    REFUSED = 6
+    """By the worker: the request can't be run anywhere."""
 
 
 class End(StrEnum):
@@ -43,6 +45,24 @@ class End(StrEnum):
     COMPLETE = "complete"
     CANCELLED = "cancelled"
     FAILED = "failed"
+
+
+class Fault(StrEnum):
+    """Why a request failed."""
+
+    REFUSED = "refused"
+    """It asks for what can't be served."""
+    DEADLINE = "deadline"
+    NO_WORKER = "no_worker"
+    """None could take it in time."""
+    WORKER_LOST = "worker_lost"
+    """While it generated."""
+    POISON = "poison"
+    """Workers died with it, one after another."""
+    ENGINE = "engine"
+    """The engine reported an error for it."""
+    FRONT_LOST = "front_lost"
+    """The front that held its client's connection ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +101,8 @@ class RequestArrived:
     key: RequestKey
     request: EngineRequest
     ticket: TicketId | None
+    deadline_s: float | None = None
+    """On the core's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +113,8 @@ class RequestRecovered:
     request: EngineRequest
     ticket: TicketId | None
     given_tokens: int
+    deadline_s: float | None = None
+    """On the core's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +155,12 @@ class EdgeEnded:
     ticket: TicketId
     status: str
     termination: str
+    """HAProxy's two letters; `--` after an orderly end."""
+
+    @property
+    def orderly(self) -> bool:
+        """The client was given a whole answer, and not an error."""
+        return self.termination == "--" and self.status.startswith("2")
 
 
 # Events: workers
@@ -288,6 +318,7 @@ class Ended:
     duration_s: float | None = None
     time_per_output_token_s: float | None = None
     """Mean over the tokens after the first."""
+    fault: Fault | None = None
 
 
 Command: TypeAlias = (

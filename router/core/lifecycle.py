@@ -12,7 +12,7 @@ from typing import Final
 from protos.errors import BatonError
 from protos.ids import Attempt, RequestKey, split_request_key
 from router.core.placement import Shape
-from router.core.records import Record
+from router.core.records import Record, TicketStory
 from router.core.workers import Reservation, Worker
 
 
@@ -103,6 +103,8 @@ class Request:
     payload: bytes
     shape: Shape
     record: Record
+    story: TicketStory
+    """Of the ticket that it came with, and of all that came with it."""
     state: State
     since_s: float
     """When it entered its state."""

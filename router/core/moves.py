@@ -12,7 +12,9 @@ from typing import Final
 
 from protos.ids import Attempt, RequestKey, WorkerId
 from router.core.admission import too_long
-from router.core.events import Command, End, Ended, Submit
+from router.core.deadlines import Deadlines
+from router.core.endings import Endings
+from router.core.events import Command, End, Ended, Fault, Submit
 from router.core.lifecycle import Engagement, Request, State, Trigger
 from router.core.outbox import Counts, Outbox
 from router.core.placement import Decision, Placement, View
@@ -30,6 +32,8 @@ class CoreSettings:
     expect_prefill: bool
     local_prefill_max_tokens: int
     kept_records: int = 10_000
+    max_requests: int = 10_000
+    """So many under way, no more tickets are given."""
     resume_streams: bool = False
     """Resume a stream whose worker died after adding to it; else its client is told."""
 
@@ -43,6 +47,8 @@ class Moves:
         """Those on no worker, oldest first."""
         self.counts = Counts()
         self.outbox = Outbox(self.counts)
+        self.endings = Endings()
+        self.deadlines = Deadlines()
         self.pool = pool
         self._settings = settings
         self._placement = placement
@@ -54,7 +60,7 @@ class Moves:
         """Decide, reserve and submit; a request that nobody can take waits."""
         problem = too_long(request.shape, self.pool.max_model_len_tokens)
         if problem is not None:
-            self.fail(now_s, request, problem)
+            self.fail(now_s, request, Fault.REFUSED, problem)
             return
         shape = request.shape
         if request.position:
@@ -156,18 +162,24 @@ class Moves:
         """Nobody wants it any more."""
         self._end(now_s, request, End.CANCELLED, why)
 
-    def fail(self, now_s: float, request: Request, error: str) -> None:
+    def fail(self, now_s: float, request: Request, fault: Fault, error: str) -> None:
         """Tell the client that it can't go on."""
         self.outbox.give_error(request)
-        self._end(now_s, request, End.FAILED, error)
+        self._end(now_s, request, End.FAILED, error, fault)
 
-    def engine_failed(self, now_s: float, request: Request, error: str) -> None:
+    def engine_failed(self, now_s: float, request: Request, fault: Fault, error: str) -> None:
         """Its engine ended it with an error."""
         if request.current is not None:
             request.settle(request.current)
-        self.fail(now_s, request, error)
+        self.fail(now_s, request, fault, error)
 
-    def _end(self, now_s: float, request: Request, end: End, why: str = "") -> None:
+    def front_lost(self, now_s: float, request: Request) -> None:
+        """Nobody is left to be told; its client sees the connection break."""
+        self._end(now_s, request, End.FAILED, "Its front ended.", Fault.FRONT_LOST)
+
+    def _end(
+        self, now_s: float, request: Request, end: End, why: str = "", fault: Fault | None = None
+    ) -> None:
         fetched_from = request.source if request.is_being_fetched else None
         reader_was_told = request.current is not None and request.current.worker.attached
         request.advance(now_s, Trigger.END, f"{end}: {why}" if why else end)
@@ -187,9 +199,13 @@ class Moves:
             else:
                 self.outbox.forget_later(now_s, request.key, engagement)
         record = request.record
-        record.ended_s, record.end, record.error = now_s, end, why
-        record.output_tokens = request.position
-        self.outbox.note(_ended(request, end, now_s))
+        record.ended_s, record.end, record.error, record.fault = now_s, end, why, fault
+        ended = _ended(request, end, now_s)
+        told: Command | None = ended
+        if end is End.CANCELLED:
+            told = self.endings.aborted(now_s, record, request.story, ended)
+        if told is not None:
+            self.outbox.note(told)
 
     # Loss
 
@@ -203,7 +219,8 @@ class Moves:
             request.source, request.manifest = None, b""
         request.deaths += died
         if request.deaths >= MAX_DEATHS:
-            self.fail(now_s, request, f"It was on {request.deaths} workers as they died; {why}.")
+            error = f"It was on {request.deaths} workers as they died; {why}."
+            self.fail(now_s, request, Fault.POISON, error)
         elif request.current is not None and request.current in lost:
             self._lose_current(now_s, request, request.current, why)
         elif request.current is not None and request.state is State.HANDING_OFF:
@@ -219,7 +236,8 @@ class Moves:
             self.outbox.leave_to_lease(request)
             self.place_again(now_s, request, why)
         else:
-            self.fail(now_s, request, f"Its worker was lost while it generated; {why}.")
+            error = f"Its worker was lost while it generated; {why}."
+            self.fail(now_s, request, Fault.WORKER_LOST, error)
 
     def _may_resume(self, request: Request, lost: Engagement) -> bool:
         if request.unknown_tokens or (request.position and request.shape.prompt_logprobs):
@@ -227,16 +245,16 @@ class Moves:
         return self._settings.resume_streams or not lost.spoke
 
 
-def _ended(request: Request, end: End, now_s: float) -> Command:
+def _ended(request: Request, end: End, now_s: float) -> Ended:
     record = request.record
     if record.recovered:
-        return Ended(request.key, end, record.error, request.position)
+        return Ended(request.key, end, record.error, request.position, fault=record.fault)
     first_s, later_tokens = record.first_token_s, request.position - 1
     per_token_s = None
     if first_s is not None and later_tokens > 0:
         per_token_s = (now_s - first_s) / later_tokens
     return Ended(
-        request.key, end, record.error, request.position,
+        request.key, end, record.error, request.position, fault=record.fault,
         time_to_first_token_s=None if first_s is None else first_s - record.arrived_s,
         duration_s=now_s - record.arrived_s,
         time_per_output_token_s=per_token_s,

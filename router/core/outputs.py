@@ -5,11 +5,15 @@ The hot path: once per request and step.
 
 from __future__ import annotations
 
-from router.core.events import Finish, OutputReport
+from typing import Final
+
+from router.core.events import Fault, Finish, OutputReport
 from router.core.lifecycle import Request, State, Trigger
 from router.core.moves import Moves
 from router.core.recovery import Recovery
 from router.core.workers import Worker
+
+_FAILED: Final = frozenset((Finish.ERROR, Finish.ABORTED, Finish.REFUSED))
 
 
 class OutputIntake:
@@ -35,8 +39,9 @@ class OutputIntake:
         ):
             self._moves.counts.fenced_outputs += 1
             return
-        if output.finish in (Finish.ERROR, Finish.ABORTED):
-            self._moves.engine_failed(now_s, request, _sentence(worker, output))
+        if output.finish in _FAILED:
+            fault = Fault.REFUSED if output.finish == Finish.REFUSED else Fault.ENGINE
+            self._moves.engine_failed(now_s, request, fault, _sentence(worker, output))
             return
         if self._in_order(request, output):
             if not current.spoke:
@@ -59,7 +64,7 @@ class OutputIntake:
             return False
         else:
             request.tokens += output.token_ids[position - first :]
-        request.position = end
+        request.position = request.record.output_tokens = end
         request.asked_from = -1
         return True
 

@@ -12,11 +12,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from protos.ids import RequestKey, TicketId, WorkerId
-from router.core.events import End, PromptUse
+from router.core.events import EdgeEnded, End, Fault, PromptUse
 from router.core.placement import Decision
 
-TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
+TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{44}(?![0-9a-f])")
 """A ticket id, within the ids that fronts make of it: `cmpl-TICKET-0`, `chatcmpl-TICKET`."""
+
+
+_WITHOUT_ENGINE: Final = frozenset(("/tokenize", "/detokenize"))
+"""Fronts answer these by themselves: there will be nothing to tell."""
 
 
 @dataclass(slots=True)
@@ -49,6 +53,8 @@ class Record:
     ended_s: float | None = None
     end: End | None = None
     error: str = ""
+    fault: Fault | None = None
+    deadline_s: float | None = None
     output_tokens: int = 0
     stripped_arguments: list[str] = field(default_factory=list)
     """Engine-internal arguments that its client sent and that were removed."""
@@ -66,7 +72,7 @@ class Record:
 
     def as_json(self, wall_offset_s: float) -> dict[str, Any]:
         """Plain values. `wall_offset_s` is wall-clock time minus the core's."""
-        times = ("arrived_s", "first_token_s", "handed_off_s", "resumed_s", "ended_s")
+        times = ("arrived_s", "first_token_s", "handed_off_s", "resumed_s", "ended_s", "deadline_s")
         answer = asdict(self)
         for name in times:
             at_s = answer.pop(name)
@@ -88,14 +94,19 @@ class TicketStory:
     method: str = ""
     path: str = ""
     fields: Mapping[str, str] = field(default_factory=dict)
-    edge_status: str = ""
-    edge_termination: str = ""
+    edge_end: EdgeEnded | None = None
     requests: list[Record] = field(default_factory=list)
 
     @property
     def under_way(self) -> bool:
         """Some request of it has not ended."""
         return any(record.end is None for record in self.requests)
+
+    @property
+    def failure(self) -> Record | None:
+        """The request of it that failed first."""
+        failed = [record for record in self.requests if record.end is End.FAILED]
+        return min(failed, key=lambda record: record.ended_s or 0.0, default=None)
 
     def as_json(self, wall_offset_s: float) -> dict[str, Any]:
         """Plain values."""
@@ -104,7 +115,10 @@ class TicketStory:
             "asked_at": self.asked_s + wall_offset_s,
             "method": self.method,
             "path": self.path,
-            "edge": {"status": self.edge_status, "termination": self.edge_termination},
+            "edge": {
+                "status": self.edge_end.status if self.edge_end else "",
+                "termination": self.edge_end.termination if self.edge_end else "",
+            },
             "requests": [record.as_json(wall_offset_s) for record in self.requests],
         }
 
@@ -120,9 +134,10 @@ class RecordBook:
         self, now_s: float, ticket: TicketId, method: str, path: str, fields: Mapping[str, str]
     ) -> None:
         """The edge was given a ticket."""
-        self._add(TicketStory(ticket, now_s, method, path, fields))
+        if path not in _WITHOUT_ENGINE:
+            self._add(TicketStory(ticket, now_s, method, path, fields))
 
-    def add(self, ticket: TicketId | None, record: Record) -> None:
+    def add(self, ticket: TicketId | None, record: Record) -> TicketStory:
         """A request came with this ticket, or without a valid one."""
         name = ticket or str(record.key)
         story = self._stories.get(name)
@@ -130,12 +145,14 @@ class RecordBook:
             story = TicketStory(name, record.arrived_s)
             self._add(story)
         story.requests.append(record)
+        return story
 
-    def edge_ended(self, ticket: TicketId, status: str, termination: str) -> None:
-        """The edge logged how the response ended. Unknown tickets are ignored."""
-        story = self._stories.get(ticket)
+    def edge_ended(self, event: EdgeEnded) -> TicketStory | None:
+        """The edge logged how the response ended; None of one that is not kept."""
+        story = self._stories.get(event.ticket)
         if story is not None:
-            story.edge_status, story.edge_termination = status, termination
+            story.edge_end = event
+        return story
 
     def find(self, text: str) -> TicketStory | None:
         """By ticket id, by a response id made of one, or by request key."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from protos.ids import RequestKey
-from router.core.events import HeldAttempt
+from router.core.events import Fault, HeldAttempt
 from router.core.lifecycle import Engagement, Request, State, Trigger
 from router.core.moves import Moves
 from router.core.records import AttemptRecord
@@ -102,7 +102,7 @@ class Recovery:
             self._moves.place_again(now_s, request, "no worker holds it")
         else:
             error = "The worker that held it was lost while the router restarted."
-            self._moves.fail(now_s, request, error)
+            self._moves.fail(now_s, request, Fault.WORKER_LOST, error)
 
     def _let_go(self, request: Request, engagement: Engagement) -> None:
         if engagement.ended:

@@ -20,6 +20,7 @@ from router.core.events import (
     Command,
     EdgeEnded,
     Event,
+    Fault,
     FrontGone,
     HeldAttempt,
     MembershipChanged,
@@ -48,6 +49,8 @@ from router.core.workers import Worker, WorkerPool
 NO_WORKER_WAIT_S: Final = 30.0
 """How long a request waits for a worker before its client is told that there is none."""
 RETRY_AFTER_S: Final = 5
+BUSY_RETRY_AFTER_S: Final = 1
+_DEADLINE: Final = "It had not ended by its deadline."
 
 
 class RouterCore:
@@ -98,25 +101,27 @@ class RouterCore:
     def _request_arrived(self, now_s: float, event: RequestArrived) -> None:
         if event.key in self.moves.requests:
             return  # Fronts make ids unique; the first one's client is being served.
-        request = self._open(now_s, event.key, event.request, event.ticket)
+        request = self._open(now_s, event)
         problem = _refusal(event.request, event.ticket)
         if problem is not None:
-            self.moves.fail(now_s, request, problem)
+            self.moves.fail(now_s, request, Fault.REFUSED, problem)
         else:
             self.moves.place(now_s, request)
 
-    def _open(
-        self, now_s: float, key: RequestKey, request: EngineRequest, ticket: TicketId | None
-    ) -> Request:
-        removed = admission.take_over(request)
-        shape = admission.shape_of(request)
+    def _open(self, now_s: float, event: RequestArrived | RequestRecovered) -> Request:
+        removed = admission.take_over(event.request)
+        shape = admission.shape_of(event.request)
         record = Record(
-            key, now_s, shape.prompt_tokens, shape.max_tokens, stripped_arguments=removed
-        )
+            event.key, now_s, shape.prompt_tokens, shape.max_tokens,
+            deadline_s=event.deadline_s, stripped_arguments=removed,
+        )  # fmt: skip
         record.note(now_s, "arrived")
-        self.book.add(ticket, record)
-        opened = Request(key, encode(request), shape, record, State.WAITING, now_s)
-        self.moves.requests[key] = opened
+        story = self.book.add(event.ticket, record)
+        payload = encode(event.request)
+        opened = Request(event.key, payload, shape, record, story, State.WAITING, now_s)
+        self.moves.requests[event.key] = opened
+        if event.deadline_s is not None:
+            self.moves.deadlines.add(event.deadline_s, event.key)
         return opened
 
     def _snapshot_taken(self, now_s: float, event: SnapshotTaken) -> None:
@@ -125,11 +130,11 @@ class RouterCore:
         for underway, request in zip(event.underway, requests, strict=True):
             problem = _refusal(underway.request, underway.ticket)
             if problem is not None:
-                self.moves.fail(now_s, request, problem)
+                self.moves.fail(now_s, request, Fault.REFUSED, problem)
         self.recovery.begin(now_s, [r for r in requests if r.state is State.RECOVERING])
 
     def _reopen(self, now_s: float, underway: RequestRecovered) -> Request:
-        request = self._open(now_s, underway.key, underway.request, underway.ticket)
+        request = self._open(now_s, underway)
         request.state = State.RECOVERING
         request.delivered = underway.given_tokens
         request.record.recovered = True
@@ -145,12 +150,16 @@ class RouterCore:
 
     def _front_gone(self, now_s: float, event: FrontGone) -> None:
         for request in [r for r in self.moves.requests.values() if r.front == event.front]:
-            self.moves.cancel(now_s, request, "its front ended")
+            self.moves.front_lost(now_s, request)
 
     def _ticket_asked(self, now_s: float, event: TicketAsked) -> Command:
         if not self.pool.any_usable and not self._worker_may_come(now_s):
             self.moves.counts.refused_tickets += 1
             return TicketRefused(503, RETRY_AFTER_S, "No worker can serve the request now.")
+        if len(self.moves.requests) >= self.settings.max_requests:
+            self.moves.counts.refused_tickets += 1
+            message = f"{self.settings.max_requests} requests are under way; try again later."
+            return TicketRefused(429, BUSY_RETRY_AFTER_S, message)
         self.moves.counts.tickets += 1
         self.book.open_ticket(now_s, event.ticket, event.method, event.path, event.fields)
         return TicketGranted(event.ticket)
@@ -162,7 +171,10 @@ class RouterCore:
         return starting or any(not worker.attached for worker in self.pool)
 
     def _edge_ended(self, now_s: float, event: EdgeEnded) -> None:
-        self.book.edge_ended(event.ticket, event.status, event.termination)
+        story = self.book.edge_ended(event)
+        if story is not None:
+            for ended in self.moves.endings.edge_ended(story):
+                self.moves.outbox.note(ended)
 
     # Workers
 
@@ -260,10 +272,15 @@ class RouterCore:
     def _tick(self, now_s: float, event: Tick) -> None:
         self.recovery.proceed(now_s)
         self.moves.outbox.forget_due(now_s)
+        for ended in self.moves.endings.due(now_s):
+            self.moves.outbox.note(ended)
+        for key in self.moves.deadlines.due(now_s):
+            if (late := self.moves.requests.get(key)) is not None:
+                self.moves.fail(now_s, late, Fault.DEADLINE, _DEADLINE)
         for request in list(self.moves.waiting.values()):
             if now_s - request.since_s >= NO_WORKER_WAIT_S:
                 error = f"No worker could take it within {NO_WORKER_WAIT_S:.0f} s."
-                self.moves.fail(now_s, request, error)
+                self.moves.fail(now_s, request, Fault.NO_WORKER, error)
 
     def _place_waiting(self, now_s: float) -> None:
         for request in list(self.moves.waiting.values()):

@@ -58,7 +58,7 @@ class Serving:
         """Whether exactly these workers serve."""
         try:
             return {w["id"] for w in self.workers() if w["state"] == "ready"} == set(names)
-        except (OSError, ValueError, IndexError):  # Also while it is not announced yet.
+        except (OSError, ValueError):
             assert self.process.poll() is None, self.output.read_text()
             return False
 

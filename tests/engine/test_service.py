@@ -39,7 +39,11 @@ class Router:
         return message.welcome
 
     async def send(self, **kind: Any) -> None:
-        await self._stream.write(worker_pb2.RouterMessage(**kind))
+        if "hello" in kind:
+            message = worker_pb2.RouterMessage(**kind)
+        else:
+            message = worker_pb2.RouterMessage(commands=[worker_pb2.Command(**kind)])
+        await self._stream.write(message)
 
     async def messages(self) -> AsyncIterator[worker_pb2.WorkerMessage]:
         while (message := await self._stream.read()) is not grpc.aio.EOF:
@@ -171,7 +175,7 @@ async def test_a_request_that_can_not_be_read_is_answered_with_the_reason(addres
     broken.engine_tag = "vllm-9"
     await router.send(submit=broken)
     output = await anext(router.outputs())
-    assert output.finish == worker_pb2.ERROR
+    assert output.finish == worker_pb2.REFUSED
     assert "vllm-9" in output.error
     await router.close()
 

@@ -35,7 +35,7 @@ from router.core.placement import LeastPredictedWork
 from router.core.records import Record
 from router.core.router import RouterCore
 
-TICKET = TicketId("0123456789abcdef0123456789abcdef")
+TICKET = TicketId("0123456789abcdef0123456789abcdef0123456789ab")
 SETTINGS = CoreSettings(expect_prefill=True, local_prefill_max_tokens=4, kept_records=100)
 
 

@@ -198,7 +198,6 @@ def test_an_abort_frees_blocks_only_after_their_reader_was_told_to_stop(drive: D
     assert drive.feed(RequestAborted(key())) == [
         abort_on("d", 2),
         forget("d", 2),
-        Ended(key(), End.CANCELLED, "its client left, or a stop string matched", 1, 0.0, 0.0, None),
     ]
     assert drive.step("d", output(2, 1, [2])) == []
     assert drive.core.moves.counts.fenced_outputs == 1

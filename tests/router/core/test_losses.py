@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from router.core.events import End, Ended, Finish, RequestAborted
+from router.core.events import End, Ended, Fault, Finish, RequestAborted
 from tests.router.core.driving import (
     SETTINGS,
     Drive,
@@ -95,7 +95,7 @@ def test_a_stream_whose_worker_dies_ends_with_an_error(drive: Drive) -> None:
     drive.step("d", output(1, 1, [2]))
     told, ended = drive.dead("d")
     assert is_error(told, 2)
-    assert ended == Ended(key(), End.FAILED, ended.error, 2, 0.0, 0.0, 0.0)
+    assert ended == Ended(key(), End.FAILED, ended.error, 2, 0.0, 0.0, 0.0, Fault.WORKER_LOST)
     assert "d is gone: killed" in ended.error
 
 

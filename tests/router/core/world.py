@@ -23,6 +23,7 @@ from protos.ids import Attempt, RequestKey, WorkerId
 from router.core.events import (
     AbortOn,
     Command,
+    EdgeEnded,
     End,
     Ended,
     Finish,
@@ -189,6 +190,7 @@ class World:
     def abort(self, name: str) -> None:
         if not self.asked[name].ended:
             self.asked[name].ended = True
+            self.obey(self.drive.feed(EdgeEnded(TICKET, "200", "CD")))
             self.obey(self.drive.feed(RequestAborted(key(name))))
 
     def attach(self, worker: FakeWorker) -> None:
