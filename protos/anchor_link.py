@@ -2,7 +2,8 @@
 
 Each message is a 4-byte big-endian length and a msgpack array whose first element names its kind.
 The anchor listens; a router connects, says Hello, gets the Snapshot, and from then on both send
-freely. A broken connection loses nothing: the next router's Snapshot holds what was under way.
+freely. A broken connection loses nothing: the next router's Snapshot holds what was under way. A
+router that does not answer pings is ended.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class UtilityReply(Struct, array_like=True, tag="reply", gc=False):
     payload: bytes
 
 
+class Pong(Struct, array_like=True, tag="pong", gc=False):
+    """The answer to a Ping."""
+
+
 # Anchor to router
 
 
@@ -73,9 +78,10 @@ class Underway(Struct, array_like=True, gc=False):
 
 
 class Snapshot(Struct, array_like=True, tag="snapshot", gc=False):
-    """Everything under way; the first message to a router."""
+    """What is under way; the first message to a router, and if there is `more`, the next ones."""
 
     underway: list[Underway]
+    more: bool = False
 
 
 class Add(Struct, array_like=True, tag="add", gc=False):
@@ -106,8 +112,12 @@ class FrontGone(Struct, array_like=True, tag="front_gone", gc=False):
     front: int
 
 
-FromRouter = Hello | Ready | Deliver | UtilityReply
-FromAnchor = Snapshot | Add | Abort | Utility | FrontGone
+class Ping(Struct, array_like=True, tag="ping", gc=False):
+    """To be answered by a Pong at once."""
+
+
+FromRouter = Hello | Ready | Deliver | UtilityReply | Pong
+FromAnchor = Snapshot | Add | Abort | Utility | FrontGone | Ping
 
 _encoder = msgspec.msgpack.Encoder()
 from_router_decoder: msgspec.msgpack.Decoder[FromRouter] = msgspec.msgpack.Decoder(FromRouter)

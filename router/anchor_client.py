@@ -28,7 +28,7 @@ class Listener(Protocol):
     """Who is told what comes from the anchor."""
 
     def on_anchor_message(self, message: anchor_link.FromAnchor) -> None:
-        """Anything but a utility call, which is answered here."""
+        """Anything but pings and utility calls, which are answered here."""
         ...
 
     def on_anchor_lost(self, why: str) -> None:
@@ -50,9 +50,14 @@ class AnchorClient(asyncio.Protocol):
         return self._transport is not None
 
     def send(self, message: anchor_link.FromRouter) -> None:
-        """Queue a message; nothing is lost while the link stands."""
+        """Queue a message; nothing is lost while the link stands.
+
+        An anchor that reads nothing ends the link: the next router starts from what it was given.
+        """
         if self._transport is not None:
             self._transport.write(anchor_link.encode(message))
+            if self._transport.get_write_buffer_size() > anchor_link.MAX_MESSAGE_BYTES:
+                self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -64,7 +69,9 @@ class AnchorClient(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for body in self._splitter.feed(data):
             message = anchor_link.from_anchor_decoder.decode(body)
-            if isinstance(message, anchor_link.Utility):
+            if isinstance(message, anchor_link.Ping):
+                self.send(anchor_link.Pong())
+            elif isinstance(message, anchor_link.Utility):
                 self.send(anchor_link.UtilityReply(message.front, _answer(message.payload)))
             else:
                 self._listener.on_anchor_message(message)

@@ -95,6 +95,8 @@ class RouterProcess:
         self._worker_values: dict[str, Mapping[str, float]] = {}
         self._anchor: anchor_client.AnchorClient | None = None
         self._took_over = False
+        self._underway: list[RequestRecovered] = []
+        """Of the parts of the snapshot that have come."""
         self._servers: list[object] = []
         """Kept from being collected."""
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -204,7 +206,6 @@ class RouterProcess:
         self.feed(RequestArrived(key, request, ticket, _deadline_s(ticket, wall_s)))
 
     def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
-        underway = []
         for each in snapshot.underway:
             key = request_key(each.front, each.request_id)
             try:
@@ -215,7 +216,12 @@ class RouterProcess:
             wall_s = time.time()
             ticket = self._mint.find(request, wall_s, late=True)
             deadline_s = _deadline_s(ticket, wall_s)
-            underway.append(RequestRecovered(key, request, ticket, each.given_tokens, deadline_s))
+            self._underway.append(
+                RequestRecovered(key, request, ticket, each.given_tokens, deadline_s)
+            )
+        if snapshot.more:
+            return
+        underway, self._underway = self._underway, []
         self.feed(SnapshotTaken(tuple(underway)))
         self._took_over = True
         if self._membership is not None:

@@ -88,6 +88,9 @@ class Anchor:
             self._exchange.end_orphans(now_s)
             for front in self._exchange.fronts_to_end(now_s):
                 self._fronts[front].send_signal(signal.SIGKILL)
+            if self._exchange.router_hangs(now_s):
+                _log.error("the router answers nothing; it is ended")
+                self._router.send_signal(signal.SIGKILL)
             self._reactor.turn(self._sleep_s(now_s))
         self._end_children()
 

@@ -20,6 +20,7 @@ from protos import anchor_link, enginecore
 from protos.errors import ProtocolError
 from router.settings import UnitPaths
 from router.unit.links import FrontLink, RouterLink
+from router.unit.pulse import Pulse
 from router.unit.reactor import Reactor
 from router.unit.relay import Relay
 
@@ -30,6 +31,9 @@ ROUTER_AWAY_S: Final = 10.0
 ROUTER_SETTLED_S: Final = 2.0
 """A router works once it has delivered something, or has lived for this long: one whose defect is
 tied to a request under way dies at once, and so do all that follow."""
+PING_EVERY_S: Final = 1.0
+ROUTER_HANGS_S: Final = 5.0
+"""A router that leaves a ping unanswered for this long is to be ended."""
 FRONT_STALLED_S: Final = 5.0
 """A front that takes nothing of what waits for it for this long is to be ended."""
 
@@ -49,6 +53,7 @@ class Exchange:
         self._router: RouterLink | None = None
         self._router_worked_s = self._router_came_s = time.monotonic()
         self._ready: bytes | None = None
+        self._pulse = Pulse(PING_EVERY_S, ROUTER_HANGS_S)
         reactor.on_readable(listener.fileno(), self._accept)
 
     # Told by the anchor
@@ -78,7 +83,7 @@ class Exchange:
     def fronts_to_end(self, now_s: float) -> list[int]:
         """Fronts that can't go on: they dropped their engine, or take nothing."""
         for front, link in self._fronts.items():
-            if link.stalled_for_s(now_s) > FRONT_STALLED_S:
+            if link.stalled_for_s(now_s) > FRONT_STALLED_S or link.left_too_much():
                 _log.error("front %d takes no output; it is ended", front)
                 self._broken_fronts.add(front)
         broken, self._broken_fronts = list(self._broken_fronts), set()
@@ -95,6 +100,14 @@ class Exchange:
         for front, payloads in self._relay.end_all().items():
             _log.error("no router: %d requests of front %d end in error", len(payloads), front)
             self._to_front(front, enginecore.relay_outputs(payloads, time.monotonic()))
+
+    def router_hangs(self, now_s: float) -> bool:
+        """Whether the router is to be ended: it is connected, and answers no ping."""
+        if self._router is None:
+            return False
+        if self._pulse.due(now_s):
+            self._to_router(anchor_link.Ping())
+        return self._pulse.stopped(now_s)
 
     # Fronts
 
@@ -169,6 +182,8 @@ class Exchange:
             raise ProtocolError("it did not say hello, or a newer router did")
         elif isinstance(message, anchor_link.Deliver):
             self._deliver(message.front, message.deliveries)
+        elif isinstance(message, anchor_link.Pong):
+            self._pulse.answered()
         elif isinstance(message, anchor_link.Ready):
             self._ready = message.payload
             for front in self._fronts.values():
@@ -183,8 +198,14 @@ class Exchange:
             self._drop(other, "a newer router said hello")
         self._router = link
         self._router_came_s = time.monotonic()
+        self._pulse = Pulse(PING_EVERY_S, ROUTER_HANGS_S)
         _log.info("router %d connected, pid %d", hello.router_incarnation, hello.pid)
-        self._to_router(self._relay.snapshot())
+        try:
+            link.greet(self._relay.snapshot())
+        except OSError as error:
+            self._drop(link, f"{error}")
+        else:
+            self._watch_router(link)
 
     def _deliver(self, front: int, deliveries: Iterable[anchor_link.Delivery]) -> None:
         given = self._relay.deliver(front, deliveries)

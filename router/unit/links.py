@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ _ENGINE_IDENTITY: Final = (0).to_bytes(2, "little")
 _MESSAGES_A_TURN: Final = 256
 _READ_BYTES: Final = 1024 * 1024
 _MAX_UNREAD_BYTES: Final = anchor_link.MAX_MESSAGE_BYTES
+"""A peer that leaves more unread than this, beyond what it was told at its start, is cut off."""
 
 
 class FrontLink:
@@ -38,6 +39,7 @@ class FrontLink:
         self.requests.connect(f"ipc://{input_socket}")
         self.outputs.connect(f"ipc://{output_socket}")
         self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
         self._progress_s = 0.0
 
     def send_ready(self, payload: bytes) -> None:
@@ -64,6 +66,7 @@ class FrontLink:
         if not self._waiting:
             self._progress_s = now_s
         self._waiting.append(message)
+        self._waiting_bytes += len(message)
         self.flush(now_s)
 
     def flush(self, now_s: float) -> None:
@@ -73,7 +76,7 @@ class FrontLink:
                 self.outputs.send(self._waiting[0], zmq.DONTWAIT)
             except zmq.Again:
                 return
-            self._waiting.popleft()
+            self._waiting_bytes -= len(self._waiting.popleft())
             self._progress_s = now_s
 
     def waiting(self) -> bool:
@@ -82,6 +85,10 @@ class FrontLink:
     def stalled_for_s(self, now_s: float) -> float:
         """For how long the front has taken nothing of what waits for it."""
         return now_s - self._progress_s if self._waiting else 0.0
+
+    def left_too_much(self) -> bool:
+        """It takes less than it asks for, and too much has piled up."""
+        return self._waiting_bytes > _MAX_UNREAD_BYTES
 
     def close(self) -> None:
         self.outputs.disable_monitor()
@@ -98,6 +105,7 @@ class RouterLink:
         self._splitter = anchor_link.Splitter()
         self._waiting: deque[memoryview] = deque()
         self._waiting_bytes = 0
+        self._allowed_bytes = _MAX_UNREAD_BYTES
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -117,13 +125,22 @@ class RouterLink:
         for body in self._splitter.feed(data):
             yield anchor_link.from_router_decoder.decode(body)
 
+    def greet(self, parts: Iterable[anchor_link.Snapshot]) -> None:
+        """Send it what is under way, however much that is. Raises OSError when it is gone."""
+        for part in parts:
+            data = anchor_link.encode(part)
+            self._waiting.append(memoryview(data))
+            self._waiting_bytes += len(data)
+        self._allowed_bytes += self._waiting_bytes
+        self.flush()
+
     def send(self, message: anchor_link.FromAnchor) -> None:
         """Raises OSError when the router is gone, or has left too much unread."""
         data = anchor_link.encode(message)
         self._waiting.append(memoryview(data))
         self._waiting_bytes += len(data)
         self.flush()
-        if self._waiting_bytes > _MAX_UNREAD_BYTES:
+        if self._waiting_bytes > self._allowed_bytes:
             raise ConnectionAbortedError(f"it left {self._waiting_bytes} bytes unread")
 
     def flush(self) -> None:

@@ -6,10 +6,14 @@ what a request asks; it counts positions and forwards bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from protos import anchor_link, enginecore
+
+SNAPSHOT_BYTES: Final = 16 * 1024 * 1024
+"""A part of the snapshot is closed once its requests make up this much."""
 
 
 @dataclass(slots=True)
@@ -45,15 +49,20 @@ class Relay:
         self._incarnation = router_incarnation
         return True
 
-    def snapshot(self) -> anchor_link.Snapshot:
-        """Everything under way, oldest first within a front."""
-        return anchor_link.Snapshot(
-            [
-                anchor_link.Underway(front, request_id, request.payload, request.given_tokens)
-                for front, requests in self._fronts.items()
-                for request_id, request in requests.items()
-            ]
-        )
+    def snapshot(self) -> Iterator[anchor_link.Snapshot]:
+        """Everything under way, oldest first within a front, in parts."""
+        part: list[anchor_link.Underway] = []
+        size_bytes = 0
+        for front, requests in self._fronts.items():
+            for request_id, request in requests.items():
+                if size_bytes >= SNAPSHOT_BYTES:
+                    yield anchor_link.Snapshot(part, more=True)
+                    part, size_bytes = [], 0
+                part.append(
+                    anchor_link.Underway(front, request_id, request.payload, request.given_tokens)
+                )
+                size_bytes += len(request.payload)
+        yield anchor_link.Snapshot(part)
 
     def add(self, front: int, payload: bytes) -> anchor_link.Add:
         """A front's new request. Raises msgspec.DecodeError for what is none."""

@@ -78,7 +78,8 @@ class Anchor:
         if isinstance(message, anchor_link.Hello):
             assert self._relay.admits(message.router_incarnation)
             self._writer = writer
-            self._send(self._relay.snapshot())
+            for part in self._relay.snapshot():
+                self._send(part)
             self.hellos += 1
         elif isinstance(message, anchor_link.Ready):
             self.ready.append(enginecore.decode_ready(message.payload))

@@ -73,6 +73,9 @@ class FakeRouter:
                 for request in message.underway:
                     start = max(0, request.given_tokens - SENT_AGAIN_TOKENS)
                     self.generate(request.front, request.payload, start)
+            case anchor_link.Ping():
+                if not (self.paths.directory / "deaf").exists():
+                    self.send(anchor_link.Pong())
             case anchor_link.Add():
                 self.generate(message.front, message.payload, 0)
             case anchor_link.Abort():

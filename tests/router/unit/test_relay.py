@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos import anchor_link, enginecore
+from protos import enginecore
 from protos.anchor_link import Abort, Add, Delivery, FrontGone, Snapshot, Underway
+from router.unit import relay as relay_module
 from router.unit.relay import Given, Relay
 
 FRONT = 0
@@ -34,11 +36,15 @@ def relay_with(*request_ids: str) -> Relay:
     return relay
 
 
+def underway(relay: Relay) -> list[Underway]:
+    return [request for part in relay.snapshot() for request in part.underway]
+
+
 def test_what_fits_is_forwarded_byte_for_byte() -> None:
     relay = relay_with("a", "b")
     outputs = [delivery("a", 0, [7]), delivery("b", 0, [8, 9], end=True), delivery("a", 1, [7])]
     assert relay.deliver(FRONT, outputs) == Given([output.payload for output in outputs], [])
-    assert relay.snapshot() == Snapshot([Underway(FRONT, "a", add_payload("a"), 2)])
+    assert list(relay.snapshot()) == [Snapshot([Underway(FRONT, "a", add_payload("a"), 2)])]
 
 
 def test_what_was_given_is_dropped() -> None:
@@ -60,7 +66,7 @@ def test_an_end_is_given_though_its_tokens_were() -> None:
     relay.deliver(FRONT, [delivery("a", 0, [7], logprobs=True)])
     given = relay.deliver(FRONT, [delivery("a", 0, [7], end=True, logprobs=True)])
     assert given == Given([delivery("a", 1, [], end=True).payload], [])
-    assert relay.snapshot() == Snapshot([])
+    assert list(relay.snapshot()) == [Snapshot([])]
 
 
 def test_a_gap_ends_the_request_with_an_error() -> None:
@@ -84,7 +90,7 @@ def test_an_abort_names_only_what_has_not_ended() -> None:
     relay.deliver(FRONT, [delivery("a", 0, [7], end=True)])
     assert relay.abort(FRONT, enginecore.encode(["a", "b", "c"])) == Abort(FRONT, ["b"])
     assert relay.abort(FRONT, enginecore.encode(["b"])) is None
-    assert relay.snapshot() == Snapshot([])
+    assert list(relay.snapshot()) == [Snapshot([])]
 
 
 def test_a_front_that_is_gone_takes_only_its_own_requests_along() -> None:
@@ -92,7 +98,7 @@ def test_a_front_that_is_gone_takes_only_its_own_requests_along() -> None:
     assert relay.add(1, add_payload("b")) == Add(1, "b", add_payload("b"))
     assert relay.front_gone(FRONT) == FrontGone(FRONT)
     assert relay.deliver(FRONT, [delivery("a", 0, [7])]) == Given()
-    assert relay.snapshot() == Snapshot([Underway(1, "b", add_payload("b"), 0)])
+    assert list(relay.snapshot()) == [Snapshot([Underway(1, "b", add_payload("b"), 0)])]
 
 
 def test_without_a_router_everything_ends_once() -> None:
@@ -160,7 +166,7 @@ def test_a_front_gets_each_token_once_and_in_order(
     front = Front()
     for life in lives:
         # All that a new router knows is the snapshot.
-        sent = {request.request_id: request.given_tokens for request in relay.snapshot().underway}
+        sent = {request.request_id: request.given_tokens for request in underway(relay)}
         for request_id, before, sizes in life:
             if request_id in sent:
                 first = max(0, sent[request_id] - before)
@@ -169,13 +175,25 @@ def test_a_front_gets_each_token_once_and_in_order(
                 sent[request_id] = max([sent[request_id], *map(end_of, outputs)])
         for request_id, tokens in front.tokens.items():
             assert tokens == list(range(len(tokens))), request_id
-    for request in relay.snapshot().underway:
+    for request in underway(relay):
         rest = outputs_of(request.request_id, request.given_tokens, [1] * LENGTH_TOKENS)
         front.take(relay.deliver(FRONT, rest))
     assert sorted(front.ends) == list(REQUESTS)
     assert all(tokens == list(range(LENGTH_TOKENS)) for tokens in front.tokens.values())
-    assert relay.snapshot() == anchor_link.Snapshot([])
+    assert list(relay.snapshot()) == [Snapshot([])]
 
 
 def end_of(output: Delivery) -> int:
     return output.first_position + output.token_count
+
+
+def test_a_large_snapshot_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "SNAPSHOT_BYTES", 2 * len(add_payload("a")))
+    relay = relay_with("a", "b", "c", "d", "e")
+    parts = list(relay.snapshot())
+    assert [[each.request_id for each in part.underway] for part in parts] == [
+        ["a", "b"],
+        ["c", "d"],
+        ["e"],
+    ]
+    assert [part.more for part in parts] == [True, True, False]

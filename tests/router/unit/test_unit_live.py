@@ -194,6 +194,20 @@ def test_requests_that_come_while_the_router_restarts_wait(unit: Unit) -> None:
     assert (status, body["choices"][0]["text"]) == (200, echoed(5))
 
 
+def test_a_router_that_hangs_is_ended_and_its_streams_go_on(unit: Unit) -> None:
+    stream = unit.stream(PROMPT, 100)
+    texts = [next(stream) for _ in range(5)]
+    pid = unit.pid("router")
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    texts += stream
+    assert "".join(texts[:-1]) == echoed(100)
+    assert texts[-1] == "[DONE]"
+    assert unit.pid("router") not in (None, pid)
+    assert 5 <= time.monotonic() - stopped_s < 10
+
+
 def test_a_stopped_front_is_ended(unit: Unit) -> None:
     """One that takes nothing while much waits for it."""
     streams = [unit.stream(PROMPT, 400) for _ in range(16)]
