@@ -120,12 +120,14 @@ class SimulatedCore:
         """Complete the step that was started: tokens, ends, load and counters."""
         assert self._work is not None, "no step was started"
         outputs = self._ended
+        before = len(outputs)
         for request, tokens in self._work.items:
             # An abort during the step has taken it out.
             if self._requests.get(request.request_id) is request:
                 request.computed_tokens += tokens
-                if not request.remaining_tokens:
+                if request.computed_tokens == len(request.tokens):
                     outputs.append(self._sample(now_s, request))
+        self._counters["vllm:generation_tokens_total"] += len(outputs) - before
         previous_s = now_s if self._previous_finish_s is None else self._previous_finish_s
         load = EngineLoad(
             running=self._scheduler.running,
@@ -160,19 +162,16 @@ class SimulatedCore:
     def _sample(self, now_s: float, request: SimulatedRequest) -> EngineOutput:
         token = request.next_token()
         request.append(token)
-        self._counters["vllm:generation_tokens_total"] += 1
-        output = EngineOutput(
-            request.request_id, [token], prefill_stats=self._take_prefill_stats(request)
-        )
+        output = EngineOutput(request.request_id, [token])
+        if request.prefill_stats is not None:
+            output.prefill_stats = self._take_prefill_stats(request, request.prefill_stats)
         if end := request.end():
             output.finish_reason, output.stop_reason = end
             output.kv_transfer_params = self._end(now_s, request, output.finish_reason)
         return output
 
-    def _take_prefill_stats(self, request: SimulatedRequest) -> PrefillStats | None:
-        stats, request.prefill_stats = request.prefill_stats, None
-        if stats is None:
-            return None
+    def _take_prefill_stats(self, request: SimulatedRequest, stats: PrefillStats) -> PrefillStats:
+        request.prefill_stats = None
         stored = request.published_blocks * self._limits.block_size_tokens
         stored = min(stored, stats.num_prompt_tokens)
         stats.num_cache_creation_tokens = max(0, stored - stats.num_cached_tokens)

@@ -151,6 +151,8 @@ class SimulatedRequest:
     def next_token(self) -> int:
         """The token that follows. Never the end of sequence: lengths are the client's choice."""
         token = _mix(self.state) % VOCABULARY_TOKENS
+        if self.eos_token_id is None and not self.min_output_tokens:
+            return FIRST_TOKEN_ID + token
         banned = self.stop_token_ids if self.output_tokens < self.min_output_tokens else ()
         for _ in range(VOCABULARY_TOKENS):
             candidate = FIRST_TOKEN_ID + token
@@ -166,7 +168,7 @@ class SimulatedRequest:
 
     def end(self) -> tuple[int, int | None] | None:
         """The finish reason and stop reason of its output so far, if it ends there."""
-        if self.output_tokens and self.tokens[-1] in self.stop_token_ids:
+        if self.stop_token_ids and self.output_tokens and self.tokens[-1] in self.stop_token_ids:
             return FINISH_STOP, self.tokens[-1]
         if len(self.tokens) >= self.max_tokens:
             return FINISH_LENGTH, None

@@ -139,13 +139,19 @@ class Scheduler:
 
     def _schedule_decodes(self, work: Work) -> None:
         """Schedule one token of each decode. Preempts where blocks run out."""
-        index = 0
+        index, size = 0, self._limits.block_size_tokens
         # Preemption shortens the list from its end, so what is scheduled stays so.
         while index < len(self._running):
             request = self._running[index]
-            if request.decoding and self._grow(request):
-                self._schedule(work, request, 1)
             index += 1
+            if not request.decoding:
+                continue
+            if len(request.tokens) > size * len(request.block_ids) and not self._grow(request):
+                continue
+            work.items.append((request, 1))
+            work.decode_requests += 1
+            if (request.computed_tokens + 1) % size == 0:
+                self._publish(request, request.computed_tokens + 1)
 
     def _grow(self, request: SimulatedRequest) -> bool:
         """Give a decode the block for its newest token; False if it was preempted itself."""
