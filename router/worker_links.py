@@ -198,7 +198,6 @@ class WorkerLink:
             self._queued.clear()
             await self._queued.wait()
 
-
     def _next_commands(self) -> list[worker_pb2.Command]:
         """The oldest that wait, as many as a message may hold."""
         commands: list[worker_pb2.Command] = []
