@@ -43,7 +43,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	touch $(STAMP)
 
 protos: install
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/worker.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. protos/worker.proto protos/inference.proto
 
 lock:
 	$(PYTHON) requirements/lock.py

@@ -37,6 +37,7 @@ def serve(
     engine: Annotated[str | None, typer.Option(help="vllm or simulated.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC API.")] = None,
 ) -> None:
     """Serve on this machine until Ctrl-C."""
     flags = {
@@ -46,6 +47,7 @@ def serve(
         "engine": engine,
         "http.host": host,
         "http.port": port,
+        "grpc.port": grpc_port,
     }
 
     def work() -> None:

@@ -69,6 +69,19 @@ class HttpSection(_Section):
     )
 
 
+class GrpcSection(_Section):
+    """Where clients of the gRPC API connect; docs/grpc.md describes it."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on; `0.0.0.0` for every one.",
+    )
+    port: Port | None = Field(
+        default=8001, description="Port to listen on; `null`: there is no gRPC API."
+    )
+
+
 class _Pool(_Section):
     engine_args: dict[str, Any] = Field(
         default={},
@@ -166,6 +179,7 @@ class Config(_Section):
         "`max_model_len`, `tensor_parallel_size`, `quantization`, `speculative_config`.",
     )
     http: HttpSection = HttpSection()
+    grpc: GrpcSection = GrpcSection()
     prefill: PrefillSection = PrefillSection()
     decode: DecodeSection = DecodeSection()
     router: RouterSection = RouterSection()
@@ -205,6 +219,8 @@ def load(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, 
     except ValidationError as error:
         problems = [_explain(dict(problem)) for problem in error.errors()]
         raise ConfigError("\n".join(problems)) from None
+    if config.http.port == config.grpc.port:
+        raise ConfigError(f"http.port and grpc.port are both {config.grpc.port}: change one.")
     check_engine_args(
         config.engine,
         {
@@ -258,7 +274,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[list[str], Any]]:
     """BATON_HTTP__PORT=8001 sets http.port; values are read as YAML, as in the file."""
-    texts = {"model.path", "http.host", "ray.address", "run_directory"}
+    texts = {"model.path", "http.host", "grpc.host", "ray.address", "run_directory"}
     for name, text in sorted(environment.items()):
         if not name.startswith(ENVIRONMENT_PREFIX) or name == INSTANCE_VARIABLE:
             continue

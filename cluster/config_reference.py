@@ -19,7 +19,7 @@ _INTRODUCTION = """\
 <!-- Written by `baton config --reference` from cluster/config.py: change it there. -->
 
 `baton serve --config baton.yaml` reads one YAML file; every key has a default. The environment
-goes before the file: `BATON_HTTP__PORT=8001` sets `http.port` (two underscores go one level down,
+goes before the file: `BATON_HTTP__PORT=9000` sets `http.port` (two underscores go one level down,
 values are written as in YAML). Flags of `baton serve` go before both. `baton config` prints what
 is in effect. An unknown key is an error that names the nearest valid one.
 

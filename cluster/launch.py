@@ -21,12 +21,17 @@ from router.settings import RouterSettings, UnitSettings
 ROUTER_ID: Final = "router-0"
 _APPLICATION: Final = "baton-router-units"
 _ROUTER_MODULE: Final = "router.process"
+_OWN_VLLM_RS: Final = Path(sys.executable).parent / "vllm-rs"
+
+NO_FAST_FRONT: Final = (
+    "vllm-rs is missing, so vLLM's slower Python front serves all paths; to have it, run "
+    f"`{sys.executable} -m router.unit.vllm_rs {_OWN_VLLM_RS}`."
+)
 
 
 def check_binaries() -> None:
     """Raises ConfigError if a program that the router unit runs is missing."""
     haproxy_path()
-    vllm_rs_path()
 
 
 def haproxy_path() -> str:
@@ -39,9 +44,9 @@ def haproxy_path() -> str:
     raise ConfigError("HAProxy is missing; it comes with ray[serve]: install Baton again.")
 
 
-def vllm_rs_path() -> str:
+def vllm_rs_path() -> str | None:
     """The fast front's binary: beside this interpreter, in vLLM's package, or on the PATH."""
-    candidates = [Path(sys.executable).parent / "vllm-rs"]
+    candidates = [_OWN_VLLM_RS]
     spec = importlib.util.find_spec("vllm")
     if spec is not None and spec.origin is not None:
         candidates.append(Path(spec.origin).parent / "vllm-rs")
@@ -50,9 +55,7 @@ def vllm_rs_path() -> str:
     for path in candidates:
         if path.is_file():
             return str(path)
-    raise ConfigError(
-        f"vllm-rs is missing: run `{sys.executable} -m router.unit.vllm_rs {candidates[0]}`."
-    )
+    return None
 
 
 def start_supervisor(config: Config, instance: Instance, directory: Path, link_token: str) -> Any:
@@ -101,6 +104,8 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         tool_call_parser=model.tool_call_parser(config),
         reasoning_parser=config.model.reasoning_parser,
         max_body_bytes=config.http.max_body_bytes,
+        grpc_host=config.grpc.host,
+        grpc_port=config.grpc.port,
     )
     router = RouterSettings(
         router_id=ROUTER_ID,

@@ -16,14 +16,31 @@ from protos.errors import ConfigError
 _ASK_S = 1.0
 
 
+def target(host: str, port: int) -> str:
+    """Where a client on this machine reaches it, as HOST:PORT."""
+    host = _reachable(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def url(host: str, port: int) -> str:
-    """Where a client on this machine reaches it."""
-    if host in ("", "0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    """Where a client on this machine reaches it, by HTTP."""
+    return f"http://{target(host, port)}"
 
 
-def check_port(host: str, port: int) -> None:
+def accepts(host: str, port: int) -> bool:
+    """Whether somebody listens."""
+    try:
+        socket.create_connection((_reachable(host), port), _ASK_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+
+
+def check_port(host: str, port: int, section: str = "http", flag: str = "--port") -> None:
     """Raises ConfigError, in one line, if the port can't be listened on."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -32,27 +49,27 @@ def check_port(host: str, port: int) -> None:
             listener.bind(address)
     except socket.gaierror:
         raise ConfigError(
-            f"http.host {host} is not known: give an address such as 127.0.0.1."
+            f"{section}.host {host} is not known: give an address such as 127.0.0.1."
         ) from None
     except OSError as error:
-        raise ConfigError(_explain(host, port, error)) from None
+        raise ConfigError(_explain(host, port, section, flag, error)) from None
 
 
-def _explain(host: str, port: int, error: OSError) -> str:
+def _explain(host: str, port: int, section: str, flag: str, error: OSError) -> str:
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"http.host {host} is no address of this machine: give one, such as 127.0.0.1."
+        return f"{section}.host {host} is no address of this machine: give one, such as 127.0.0.1."
     if error.errno == errno.EACCES:
-        return f"port {port} is for privileged users: choose one above 1023 with --port."
+        return f"port {port} is for privileged users: choose one above 1023 with {flag}."
     if error.errno != errno.EADDRINUSE:
-        return f"can't listen on {host} port {port}: {error.strerror}; choose another with --port."
+        return f"can't listen on {host} port {port}: {error.strerror}; choose another with {flag}."
     if is_baton(url(host, port)):
         return (
             f"port {port} on {host} is held by another `baton serve`: stop that one, or start "
-            f"this one with another port (--port {port + 1000})."
+            f"this one with another port ({flag} {port + 1000})."
         )
     return (
         f"port {port} on {host} is taken by {_holder(port)}: stop that process, or start this "
-        f"one with another port (--port {port + 1000})."
+        f"one with another port ({flag} {port + 1000})."
     )
 
 

@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from cluster import launch, model
-from cluster.config import Config
+from cluster.config import Config, GrpcSection
 from cluster.instance import Instance
 from cluster.local_ray import LocalRay
-from cluster.ports import check_port, url
+from cluster.ports import accepts, check_port, target, url
 from cluster.terminal import Terminal
 from protos.errors import BatonError, ConfigError
 
 _HEALTH_EVERY_S: Final = 0.2
+_GRPC_WITHIN_S: Final = 20.0
+"""After the rest is healthy; it takes a second."""
 _SAME_SIGNAL_S: Final = 0.5
 _STOP_WORKERS_S: Final = 6.0
 _STOP_RAY_S: Final = 2.0
@@ -38,11 +40,15 @@ def serve(config: Config) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit code. Call it from the main thread."""
     launch.check_binaries()
     check_port(config.http.host, config.http.port)
+    if config.grpc.port is not None:
+        check_port(config.grpc.host, config.grpc.port, "grpc", "--grpc-port")
     # Held back until someone takes them: the guard doesn't watch over the directories yet.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     instance = Instance(config.run_directory)
     terminal = Terminal()
     terminal.line(f"Baton, instance {instance.id}, logs in {instance.directory}")
+    if launch.vllm_rs_path() is None:
+        terminal.line(launch.NO_FAST_FRONT)
     instance.start_guard()
     with terminal.shown(instance.directory / "serve.log"):
         # Not asyncio.run, which would wait for threads; Ray's may still wait for what is gone.
@@ -152,6 +158,7 @@ class _Run:
         await deploy
         address = f"{url(self._config.http.host, self._config.http.port)}/health"
         await asyncio.to_thread(_wait_for_health, address, lambda: self._stopping)
+        await asyncio.to_thread(_wait_for_grpc, self._config.grpc, lambda: self._stopping)
 
     async def _follow_news(self) -> None:
         """Show what the supervisor tells, for ever. Raises BatonError if nothing can come of it."""
@@ -187,9 +194,12 @@ class _Run:
         base = url(self._config.http.host, self._config.http.port)
         name = model.served_names(self._config)[0]
         body = f'{{"model": "{name}", "prompt": "Hello", "max_tokens": 16}}'
+        grpc = self._config.grpc
+        grpc_line = "" if grpc.port is None else f"  gRPC API    {target(grpc.host, grpc.port)}\n"
         self._terminal.line(
             f"\nServing {name}\n"
             f"  OpenAI API  {base}/v1\n"
+            f"{grpc_line}"
             f"  health      {base}/health\n"
             f"  metrics     {base}/metrics\n"
             f"  cluster     {base}/cluster\n\n"
@@ -217,6 +227,15 @@ class _Run:
 
 def _wait_for_health(address: str, give_up: Callable[[], bool]) -> None:
     while not give_up() and not _is_healthy(address):
+        time.sleep(_HEALTH_EVERY_S)
+
+
+def _wait_for_grpc(grpc: GrpcSection, give_up: Callable[[], bool]) -> None:
+    """Raises BatonError if nothing listens in time."""
+    deadline_s = time.monotonic() + _GRPC_WITHIN_S
+    while grpc.port is not None and not give_up() and not accepts(grpc.host, grpc.port):
+        if time.monotonic() > deadline_s:
+            raise BatonError(f"the gRPC front does not listen on {target(grpc.host, grpc.port)}")
         time.sleep(_HEALTH_EVERY_S)
 
 

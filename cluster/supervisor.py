@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from cluster import engine_defaults
+from cluster.actors import ask, describe, settle, until_it_hangs
 from cluster.admin_api import AdminApi
 from cluster.config import Config
 from cluster.pools import BecameReady, Begun, Died, Event, Pools, Slot, Start, Tick, role_of
@@ -36,7 +37,7 @@ WORKER_CLASSES: Final[dict[Role, str]] = {
 }
 _POLL_S: Final = 10.0
 """A question for news is answered after this time at the latest, so that askers notice a death."""
-_ADOPT_S: Final = 5.0
+_ADOPT_S: Final = 8.0
 _STOP_S: Final = 4.0
 _KEPT_NEWS: Final = 1000
 
@@ -133,7 +134,7 @@ class Supervisor:
         self._closing = True
         await self._notify()
         actors = list(self._actors.values())
-        stops = [asyncio.ensure_future(_settle(actor.stop.remote())) for actor in actors]
+        stops = [asyncio.ensure_future(settle(actor.stop.remote())) for actor in actors]
         if stops:
             await asyncio.wait(stops, timeout=_STOP_S)
         for actor in actors:
@@ -192,10 +193,8 @@ class Supervisor:
             return
         self._actors[start.worker_id] = actor
         began_s = time.monotonic()
-        try:
-            address = await actor.start.remote()
-        except RayError as error:
-            await self._bury(start.worker_id, actor, describe(error))
+        address = await self._outlived(start.worker_id, actor, actor.start.remote())
+        if address is None:
             return
         self._admit(address)
         self._tell(start.worker_id, "ready", "", duration_s=time.monotonic() - began_s)
@@ -203,13 +202,26 @@ class Supervisor:
         await self._watch(start.worker_id, actor)
 
     async def _watch(self, worker_id: WorkerId, actor: Any) -> None:
-        """Wait for its death: the pending call fails at once."""
+        """Wait for its end: the pending call fails at once."""
+        await self._outlived(worker_id, actor, actor.run_until_closed.remote())
+
+    async def _outlived(self, worker_id: WorkerId, actor: Any, call: Any) -> Any | None:
+        """What the call answers; None: the worker failed, died or hung before, and is buried."""
+        answer = asyncio.ensure_future(ask(call))
+        hang = asyncio.ensure_future(until_it_hangs(actor))
+        await asyncio.wait({answer, hang}, return_when=asyncio.FIRST_COMPLETED)
         try:
-            await actor.run_until_closed.remote()
-            reason = "it closed"
+            # The call of one that hung and was killed has failed, too, but does not know why.
+            if not hang.done() or hang.exception() is not None:
+                return await answer
+            reason = hang.result()
         except RayError as error:
             reason = describe(error)
+        finally:
+            answer.cancel()
+            hang.cancel()
         await self._bury(worker_id, actor, reason)
+        return None
 
     async def _find(self, worker_id: WorkerId) -> WorkerAddress | None:
         """A worker that serves; one that does not answer, or was still starting, is ended."""
@@ -218,7 +230,7 @@ class Supervisor:
         except ValueError:
             return None  # It died since it was listed.
         try:
-            status = await asyncio.wait_for(_ask(actor.status.remote()), _ADOPT_S)
+            status = await asyncio.wait_for(ask(actor.status.remote()), _ADOPT_S)
         except (RayError, TimeoutError):
             status = {}
         address: WorkerAddress | None = status.get("address")
@@ -315,29 +327,3 @@ class Supervisor:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a defect of the supervisor", exc_info=error)
-
-
-def describe(error: RayError) -> str:
-    """Why a call to a worker failed, in one line."""
-    if isinstance(error, RayTaskError):
-        return " ".join(str(error.cause).split())
-    if isinstance(error, ActorDiedError):
-        text = " ".join(str(error).split())
-        detail = text.partition("Worker exit detail: ")[2].partition(" Some common causes")[0]
-        if "connection error code 2" in detail:
-            return "its process died"
-        return detail or text
-    return " ".join(str(error).split())
-
-
-async def _ask(reference: Any) -> Any:
-    """A Ray reference as a coroutine."""
-    return await reference
-
-
-async def _settle(reference: Any) -> None:
-    """Wait for an answer or a death."""
-    try:
-        await reference
-    except RayError as error:
-        logger.info("while stopping: %s", describe(error))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Any
+from typing import Any, Final
 
 import ray
 
 from engine.base import Engine
 from engine.service import WorkerService
 from engine.spec import WorkerAddress, WorkerSpec
+from protos.errors import EngineError
 
 logger = logging.getLogger(__name__)
+
+_LAST_WORDS_S: Final = 0.3
+"""For Ray to take the reason of the end to the supervisor."""
 
 
 def make_engine(spec: WorkerSpec) -> Engine:
@@ -36,6 +40,8 @@ class EngineActor:
         self._service = WorkerService(spec, self._engine)
         self._address: WorkerAddress | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()
+        self._why = ""
 
     async def start(self) -> WorkerAddress:
         """Load the engine and listen; returns when it can serve. Raises EngineError."""
@@ -59,9 +65,15 @@ class EngineActor:
             return {"state": "starting", "pid": os.getpid()}
         return {"state": "ready", "address": self._address, **self._service.status()}
 
+    async def beat(self) -> tuple[str, int]:
+        """Node and pid of this process; one that does not answer for long hangs."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     async def run_until_closed(self) -> None:
-        """Never returns while the actor lives: its caller learns of the death at once."""
-        await asyncio.Event().wait()
+        """Never returns: its caller learns of the actor's death at once. If its engine ended, it
+        raises EngineError shortly before."""
+        await self._over.wait()
+        raise EngineError(self._why)
 
     async def stop(self) -> None:
         """End the engine and the links; the actor itself is for its owner to end."""
@@ -72,8 +84,14 @@ class EngineActor:
     async def _serve(self) -> None:
         try:
             await self._service.run()
-        except Exception:
+        except Exception as error:
             # Outermost: without its engine this process has nothing to live for, and its end is
             # what tells the supervisor and the routers.
             logger.exception("worker %s ends", self._spec.worker_id)
-            os._exit(1)
+            self._why = str(error) if isinstance(error, EngineError) else repr(error)
+            self._over.set()
+            try:
+                await self._service.stop_serving()
+                await asyncio.sleep(_LAST_WORDS_S)
+            finally:
+                os._exit(1)

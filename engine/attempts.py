@@ -10,19 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
+from engine import outputs
+from engine.outputs import Output, may_end_a_merge, merged
 from protos import enginecore, sampling, worker_pb2
 from protos.enginecore import EngineOutput, EngineRequest
 
 _DEFAULT_MAX_TOKENS = 16
 """vLLM's default, which an encoded request leaves out."""
-
-_FINISH = {
-    enginecore.FINISH_STOP: worker_pb2.STOP,
-    enginecore.FINISH_LENGTH: worker_pb2.LENGTH,
-    enginecore.FINISH_ABORT: worker_pb2.ABORTED,
-    enginecore.FINISH_ERROR: worker_pb2.ERROR,
-    enginecore.FINISH_REPETITION: worker_pb2.REPETITION,
-}
 
 
 @dataclass(slots=True)
@@ -35,18 +29,34 @@ class Attempt:
     front_request_id: str
     hand_off: bool
     first_position: int
-    outputs: list[worker_pb2.Output] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
     next_position: int = 0
     ended: bool = False
     aborted: bool = False
     """Its router gave it up: what there is of it is not whole, and its blocks may be gone."""
-    live: bool = True
-    """Outputs go out as they come; false from a router's return until it says from where on."""
+    sent_outputs: int | None = 0
+    """How many of `outputs` went out; None from a router's return until it says from where on."""
+    engine_id: str = field(init=False)
+    """The id that the engine knows it by."""
+
+    def __post_init__(self) -> None:
+        self.engine_id = f"{self.router_id}/{self.request_key}/{self.number}"
 
     @property
-    def engine_id(self) -> str:
-        """The id that the engine knows it by."""
-        return f"{self.router_id}/{self.request_key}/{self.number}"
+    def has_unsent(self) -> bool:
+        """Whether there are outputs that may and have to go out."""
+        return self.sent_outputs is not None and self.sent_outputs < len(self.outputs)
+
+    def take_unsent(self) -> Iterator[Output]:
+        """Outputs to send, each counted as sent once it is taken; what waits together is one."""
+        while self.sent_outputs is not None and self.sent_outputs < len(self.outputs):
+            first = until = self.sent_outputs
+            while self.outputs[until].is_plain and until + 1 < len(self.outputs):
+                if not may_end_a_merge(self.outputs[until + 1]):
+                    break
+                until += 1
+            self.sent_outputs = until + 1
+            yield merged(self.outputs[first : until + 1])
 
 
 class Attempts:
@@ -126,23 +136,29 @@ class Attempts:
         prompt_tokens = len(request.prompt_token_ids or ())
         return max_tokens != 1 and prompt_tokens + 1 < self._max_model_len_tokens
 
-    def record(self, output: EngineOutput) -> tuple[Attempt, worker_pb2.Output] | None:
+    def record(self, output: EngineOutput) -> Attempt | None:
         """Keep what the engine made, in the form in which routers get it; None: nobody's."""
         attempt = self._by_engine_id.get(output.request_id)
         if attempt is None or attempt.ended:
             return None
         attempt.ended = output.finish_reason is not None
-        message = _message(attempt, output)
-        attempt.outputs.append(message)
+        position = attempt.next_position
         attempt.next_position += len(output.new_token_ids)
-        return attempt, message
+        attempt.outputs.append(
+            outputs.read(
+                attempt.request_key, attempt.number, attempt.front_request_id, position, output,
+                hand_off=attempt.hand_off, resumed=attempt.first_position > 0,
+            )
+        )  # fmt: skip
+        return attempt
 
-    def fail(self, router_id: str, submit: worker_pb2.Submit, reason: str) -> worker_pb2.Output:
+    def fail(self, router_id: str, submit: worker_pb2.Submit, reason: str) -> Output:
         """The answer to a submission that can't be run; nothing is kept of it."""
-        return worker_pb2.Output(
-            request_key=submit.request_key,
-            attempt=submit.attempt,
-            first_position=len(submit.output_token_ids),
+        return Output(
+            submit.request_key,
+            submit.attempt,
+            len(submit.output_token_ids),
+            made=None,
             finish=worker_pb2.REFUSED,
             error=reason,
         )
@@ -180,7 +196,7 @@ class Attempts:
         """A router (re)attaches: what is kept for it. Nothing of it goes out until it asks."""
         kept = self.of_router(router_id)
         for attempt in kept:
-            attempt.live = False
+            attempt.sent_outputs = None
         return [
             worker_pb2.Held(
                 request_key=attempt.request_key,
@@ -193,54 +209,12 @@ class Attempts:
             for attempt in kept
         ]
 
-    def resend(self, attempt: Attempt, from_position: int) -> Iterator[worker_pb2.Output]:
-        """All kept outputs that hold `from_position` or what follows; from now on it is live."""
-        attempt.live = True
+    def resend(self, attempt: Attempt, from_position: int) -> None:
+        """Send all kept outputs that hold `from_position` or what follows, and go on from there."""
+        first = 0
         for output in attempt.outputs:
             end = output.first_position + len(output.token_ids)
             if end > from_position or output.finish or output.manifest:
-                yield output
-
-
-def _message(attempt: Attempt, output: EngineOutput) -> worker_pb2.Output:
-    handed_off = (
-        attempt.hand_off
-        and output.finish_reason == enginecore.FINISH_LENGTH
-        and bool(output.kv_transfer_params)
-    )
-    message = worker_pb2.Output(
-        request_key=attempt.request_key,
-        attempt=attempt.number,
-        first_position=attempt.next_position,
-        token_ids=output.new_token_ids,
-    )
-    if handed_off:
-        assert output.kv_transfer_params is not None
-        message.manifest = enginecore.encode_manifest(output.kv_transfer_params)
-    elif attempt.hand_off and output.finish_reason == enginecore.FINISH_LENGTH:
-        # It was to go on; ending here would look like a whole answer of one token.
-        message.finish = worker_pb2.ERROR
-        message.error = "the engine kept no blocks to hand off"
-    elif output.finish_reason is not None:
-        message.finish = _FINISH[output.finish_reason]
-        if output.finish_reason == enginecore.FINISH_ERROR:
-            message.error = "the engine reported an error for this request; see its log"
-    stats = output.prefill_stats
-    if stats is not None:
-        message.prompt_use.prompt_tokens = stats.num_prompt_tokens
-        message.prompt_use.computed_tokens = stats.num_computed_tokens
-        message.prompt_use.cached_tokens = stats.num_local_cached_tokens
-        message.prompt_use.transferred_tokens = stats.num_external_cached_tokens
-    message.payload = _front_payload(attempt, output, handed_off)
-    return message
-
-
-def _front_payload(attempt: Attempt, output: EngineOutput, handed_off: bool) -> bytes:
-    # The front sees one request under its own id, however many engines worked on it.
-    output.request_id = attempt.front_request_id
-    output.kv_transfer_params = None
-    if handed_off:
-        output.finish_reason = None
-    if attempt.first_position:
-        output.prefill_stats = None
-    return enginecore.encode(output)
+                break
+            first += 1
+        attempt.sent_outputs = first

@@ -1,7 +1,8 @@
 """The worker: an engine on one side, routers on the other, over gRPC.
 
 One message per engine step and router carries all its new tokens and the worker's load. A router
-that reads slowly gets the outputs of several steps in one message; none waits for another.
+that reads slowly gets the outputs of several steps in one message; none waits for another, and none
+makes the worker keep more for it than its requests' outputs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any, Final
 import grpc
 import msgspec
 
-from engine.attempts import Attempts
+from engine.attempts import Attempt, Attempts
 from engine.base import Engine, EngineInfo, EngineLoad
+from engine.router_link import RouterLink
 from engine.spec import WorkerSpec
+from engine.watch import AwakeClock
 from protos import worker_pb2, worker_pb2_grpc
 from protos.ids import Incarnation
 
@@ -38,52 +41,11 @@ GRPC_OPTIONS: Final = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A port that is taken is an error, never shared in silence.
     ("grpc.so_reuseport", 0),
+    # A router whose machine is gone, or that is stopped, counts as away after this time; a cut that
+    # a link may survive must be shorter.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
 ]
-
-
-class RouterLink:
-    """An attached router: what waits to be sent to it."""
-
-    def __init__(self, router_id: str, incarnation: int) -> None:
-        self.router_id = router_id
-        self.incarnation = incarnation
-        self._outputs: list[worker_pb2.Output] = []
-        self._load: worker_pb2.Load | None = None
-        self._metrics: worker_pb2.Metrics | None = None
-        self._wake = asyncio.Event()
-        self._closed = False
-
-    def put(
-        self,
-        outputs: list[worker_pb2.Output],
-        load: worker_pb2.Load,
-        metrics: worker_pb2.Metrics | None = None,
-    ) -> None:
-        """Queue; what is queued together goes out together."""
-        self._outputs += outputs
-        self._load = load
-        self._metrics = metrics or self._metrics
-        self._wake.set()
-
-    def close(self) -> None:
-        """End the stream to this router."""
-        self._closed = True
-        self._wake.set()
-
-    async def messages(self) -> AsyncIterator[worker_pb2.WorkerMessage]:
-        """What to send, until closed."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            if self._closed:
-                return
-            if self._load is not None:
-                step = worker_pb2.Step(outputs=self._outputs, load=self._load)
-                self._outputs, self._load = [], None
-                yield worker_pb2.WorkerMessage(step=step)
-            if self._metrics is not None:
-                metrics, self._metrics = self._metrics, None
-                yield worker_pb2.WorkerMessage(metrics=metrics)
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -95,7 +57,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self.incarnation = Incarnation(time.time_ns())
         self._links: dict[str, RouterLink] = {}
         self._known_incarnations: dict[str, int] = {}
-        self._absent: dict[str, asyncio.TimerHandle] = {}
+        self._awake = AwakeClock(time.monotonic())
+        self._absent_since_s: dict[str, float] = {}
+        """Of routers whose requests are kept, by `_awake`."""
         self._counters: dict[str, float] = defaultdict(float)
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,24 +83,28 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             for name, increment in step.counters.items():
                 self._counters[name] += increment
             self._load = step.load
-            by_router: dict[str, list[worker_pb2.Output]] = defaultdict(list)
+            by_router: dict[str, list[Attempt]] = defaultdict(list)
             for output in step.outputs:
-                recorded = self._attempts.record(output)
-                if recorded is not None and recorded[0].live:
-                    by_router[recorded[0].router_id].append(recorded[1])
+                attempt = self._attempts.record(output)
+                if attempt is not None and attempt.has_unsent:
+                    by_router[attempt.router_id].append(attempt)
             load = self._load_message()
-            for router_id, outputs in by_router.items():
+            for router_id, attempts in by_router.items():
                 if (link := self._links.get(router_id)) is not None:
-                    link.put(outputs, load)
+                    link.put(load, attempts)
 
-    async def stop(self) -> None:
-        """End the links, the server and the engine."""
+    async def stop_serving(self) -> None:
+        """End the links and refuse new ones."""
         for task in self._tasks:
             task.cancel()
         for link in self._links.values():
             link.close()
         if self._server is not None:
             await self._server.stop(grace=0.5)
+
+    async def stop(self) -> None:
+        """End the links, the server and the engine."""
+        await self.stop_serving()
         await self._engine.stop()
 
     def status(self) -> dict[str, float]:
@@ -198,8 +166,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._links[hello.router_id] = link
         if earlier is not None:
             earlier.close()
-        if (timer := self._absent.pop(hello.router_id, None)) is not None:
-            timer.cancel()
+        self._absent_since_s.pop(hello.router_id, None)
         return link
 
     def _welcome(self, router_id: str) -> worker_pb2.Welcome:
@@ -240,13 +207,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             resend = command.resend
             attempt = self._attempts.find(link.router_id, resend.request_key, resend.attempt)
             if attempt is not None:
-                again = list(self._attempts.resend(attempt, resend.from_position))
-                link.put(again, self._load_message())
+                self._attempts.resend(attempt, resend.from_position)
+                link.put(self._load_message(), [attempt])
         elif command.HasField("forget"):
-            forget = command.forget
-            unfinished = self._attempts.forget(link.router_id, forget.request_key, forget.attempt)
-            if unfinished is not None:
-                self._engine.abort([unfinished])
+            self._forget(link, command.forget)
+
+    def _forget(self, link: RouterLink, forget: worker_pb2.Forget) -> None:
+        attempt = self._attempts.find(link.router_id, forget.request_key, forget.attempt)
+        if attempt is not None:
+            link.drop(attempt.engine_id)
+        unfinished = self._attempts.forget(link.router_id, forget.request_key, forget.attempt)
+        if unfinished is not None:
+            self._engine.abort([unfinished])
 
     def _submit(self, link: RouterLink, submit: worker_pb2.Submit) -> None:
         try:
@@ -257,7 +229,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             request, fenced = self._attempts.submit(link.router_id, submit)
         except (msgspec.DecodeError, ValueError) as error:
             failed = self._attempts.fail(link.router_id, submit, str(error))
-            link.put([failed], self._load_message())
+            link.refuse(failed, self._load_message())
             return
         if fenced:
             self._engine.abort(fenced)
@@ -268,12 +240,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if self._links.get(link.router_id) is not link:
             return  # its successor has attached
         del self._links[link.router_id]
-        self._absent[link.router_id] = asyncio.get_running_loop().call_later(
-            ROUTER_GRACE_S, self._give_up, link.router_id
-        )
+        self._absent_since_s[link.router_id] = self._awake.look(time.monotonic())
+
+    def _give_up_absent_routers(self) -> None:
+        now_s = self._awake.look(time.monotonic())
+        for router_id, since_s in list(self._absent_since_s.items()):
+            if now_s - since_s >= ROUTER_GRACE_S:
+                del self._absent_since_s[router_id]
+                self._give_up(router_id)
 
     def _give_up(self, router_id: str) -> None:
-        self._absent.pop(router_id, None)
         kept = self._attempts.of_router(router_id)
         # Blocks of one that was handed off are left to their lease: another worker may be reading
         # them just now, and only the lease tells it when they are gone.
@@ -287,12 +263,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         metrics_due_s = 0.0
         while True:
             await asyncio.sleep(LOAD_INTERVAL_S)
+            self._give_up_absent_routers()
             metrics = None
             if time.monotonic() >= metrics_due_s:
                 metrics_due_s = time.monotonic() + METRICS_INTERVAL_S
                 metrics = worker_pb2.Metrics(values=self._figures())
             for link in self._links.values():
-                link.put([], self._load_message(), metrics)
+                link.put(self._load_message(), metrics=metrics)
 
     def _load_message(self) -> worker_pb2.Load:
         load = self._load

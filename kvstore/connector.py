@@ -30,6 +30,7 @@ from vllm.v1.request import RequestStatus
 
 from kvstore.lease import lease_still_held
 from kvstore.paced_agent import PacedAgent
+from kvstore.pollers import name_new_threads, own_threads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -102,9 +103,11 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
     def __init__(
         self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig
     ) -> None:
+        before = own_threads()
         super().__init__(vllm_config, engine_id, kv_cache_config)
         if self.paces_progress():
             self.nixl_wrapper = PacedAgent()
+        name_new_threads(before)
         self._released: set[str] = set()
 
     @staticmethod

@@ -136,18 +136,33 @@ class Splitter:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The bodies that `data` completes. Raises ProtocolError on an impossible length."""
-        buffer = self._buffer
-        buffer += data
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[memoryview]:
+        """The bodies that `data` completes, to be read before the next call.
+
+        Raises ProtocolError on an impossible length.
+        """
+        if self._buffer:
+            self._buffer += data
+            if len(self._buffer) < self._missing_until():
+                return
+            data, self._buffer = self._buffer, bytearray()
+        view = memoryview(data)
         start = 0
-        while len(buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(buffer, start)
+        while len(view) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(view, start)
             if length > MAX_MESSAGE_BYTES:
                 raise ProtocolError(f"a message of {length} bytes on the anchor's link")
             end = start + _LENGTH.size + length
-            if end > len(buffer):
+            if end > len(view):
                 break
-            yield bytes(buffer[start + _LENGTH.size : end])
+            yield view[start + _LENGTH.size : end]
             start = end
-        del buffer[:start]
+        self._buffer += view[start:]
+
+    def _missing_until(self) -> int:
+        """How long the buffer must be for its first body to be whole."""
+        if len(self._buffer) < _LENGTH.size:
+            return _LENGTH.size
+        (length,) = _LENGTH.unpack_from(self._buffer)
+        # An impossible one is found by `feed` at once.
+        return _LENGTH.size + int(length) if length <= MAX_MESSAGE_BYTES else 0

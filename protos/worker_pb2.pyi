@@ -145,34 +145,38 @@ class Held(_message.Message):
     def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., first_position: _Optional[int] = ..., next_position: _Optional[int] = ..., ended: _Optional[bool] = ..., aborted: _Optional[bool] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("outputs", "load")
-    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
-    LOAD_FIELD_NUMBER: _ClassVar[int]
-    outputs: _containers.RepeatedCompositeFieldContainer[Output]
-    load: Load
-    def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
-
-class Output(_message.Message):
-    __slots__ = ("request_key", "attempt", "first_position", "token_ids", "finish", "payload", "manifest", "error", "prompt_use")
-    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("request_keys", "attempts", "first_positions", "token_counts", "token_ids", "payloads", "details", "load")
+    REQUEST_KEYS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOADS_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    request_keys: _containers.RepeatedScalarFieldContainer[str]
+    attempts: _containers.RepeatedScalarFieldContainer[int]
+    first_positions: _containers.RepeatedScalarFieldContainer[int]
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    payloads: _containers.RepeatedScalarFieldContainer[bytes]
+    details: _containers.RepeatedCompositeFieldContainer[Detail]
+    load: Load
+    def __init__(self, request_keys: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., payloads: _Optional[_Iterable[bytes]] = ..., details: _Optional[_Iterable[_Union[Detail, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class Detail(_message.Message):
+    __slots__ = ("output", "finish", "manifest", "error", "prompt_use")
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PROMPT_USE_FIELD_NUMBER: _ClassVar[int]
-    request_key: str
-    attempt: int
-    first_position: int
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    output: int
     finish: Finish
-    payload: bytes
     manifest: bytes
     error: str
     prompt_use: PromptUse
-    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., first_position: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, str]] = ..., payload: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., error: _Optional[str] = ..., prompt_use: _Optional[_Union[PromptUse, _Mapping]] = ...) -> None: ...
+    def __init__(self, output: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., manifest: _Optional[bytes] = ..., error: _Optional[str] = ..., prompt_use: _Optional[_Union[PromptUse, _Mapping]] = ...) -> None: ...
 
 class PromptUse(_message.Message):
     __slots__ = ("prompt_tokens", "computed_tokens", "cached_tokens", "transferred_tokens")

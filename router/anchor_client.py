@@ -43,19 +43,34 @@ class AnchorClient(asyncio.Protocol):
         self._listener = listener
         self._splitter = anchor_link.Splitter()
         self._transport: asyncio.Transport | None = None
+        self._deliveries: dict[int, list[anchor_link.Delivery]] = {}
+        """What this turn of the loop has for each front: it goes out in one message."""
 
     @property
     def connected(self) -> bool:
         """Messages can be sent."""
         return self._transport is not None
 
-    def send(self, message: anchor_link.FromRouter) -> None:
-        """Queue a message; nothing is lost while the link stands.
+    def deliver(self, message: anchor_link.Deliver) -> None:
+        """Queue outputs; they leave in the order in which they came, before other messages."""
+        if not self._deliveries:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._deliveries.setdefault(message.front, []).extend(message.deliveries)
 
-        An anchor that reads nothing ends the link: the next router starts from what it was given.
-        """
+    def send(self, message: anchor_link.FromRouter) -> None:
+        """Queue a message; nothing is lost while the link stands."""
+        self._flush()
+        self._write(anchor_link.encode(message))
+
+    def _flush(self) -> None:
+        given, self._deliveries = self._deliveries, {}
+        for front, deliveries in given.items():
+            self._write(anchor_link.encode(anchor_link.Deliver(front, deliveries)))
+
+    def _write(self, data: bytes) -> None:
+        """An anchor that reads nothing ends the link: the next router starts from what it has."""
         if self._transport is not None:
-            self._transport.write(anchor_link.encode(message))
+            self._transport.write(data)
             if self._transport.get_write_buffer_size() > anchor_link.MAX_MESSAGE_BYTES:
                 self._transport.abort()
 

@@ -1,13 +1,13 @@
-"""How responses ended at the edge: HAProxy's log, one datagram each, on UNIT_DIR/edge-log.sock.
+"""How responses ended at the edge: lines of HAProxy's log on UNIT_DIR/edge-log.sock.
 
-A matched stop string and a client that left look alike to an engine; here they differ.
+A matched stop string and a client that left look alike to an engine; here they differ. What a line
+holds is said in `router/unit/edge.py`. The edge keeps lines while no router takes them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,24 +33,34 @@ class EdgeLog:
     def __init__(self, path: Path, feed: Callable[[EdgeEnded], None]) -> None:
         self._path = path
         self._feed = feed
-        # uvloop has no datagram endpoint for Unix sockets.
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._server: asyncio.AbstractServer | None = None
+        """Kept from being collected."""
         self.unread = 0
 
-    def listen(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def listen(self) -> None:
         """Take over the socket's name from the process before."""
         self._path.unlink(missing_ok=True)
-        self._socket.bind(str(self._path))
-        loop.add_reader(self._socket, self._receive)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _Lines(self._take), str(self._path))
 
-    def _receive(self) -> None:
-        while True:
-            try:
-                data = self._socket.recv(LONGEST_LINE_BYTES)
-            except BlockingIOError:
-                return
-            ended = parse(data.decode(errors="replace"))
-            if ended is None:
-                self.unread += 1
-            else:
-                self._feed(ended)
+    def _take(self, line: bytes) -> None:
+        ended = parse(line.decode(errors="replace"))
+        if ended is None:
+            self.unread += 1
+        else:
+            self._feed(ended)
+
+
+class _Lines(asyncio.Protocol):
+    """One connection of an edge."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take = take
+        self._rest = b""
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._take(line)
+        # What has no end is no line.
+        self._rest = self._rest[:LONGEST_LINE_BYTES]

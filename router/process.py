@@ -1,4 +1,6 @@
-"""The router process: `python -m router.process UNIT_DIR`.
+"""The router process: `python -m router.process UNIT_DIR [--standby]`.
+
+On standby it loads everything and waits for a byte on its standard input: its predecessor's end.
 
 A thin shell around `RouterCore`: messages become events, commands become messages. It must be back
 within a moment after its death, so it imports little, and what a request does not need, last.
@@ -118,7 +120,7 @@ class RouterProcess:
         return await self._exit
 
     async def _listen(self) -> None:
-        self._edge_log.listen(asyncio.get_running_loop())
+        await self._edge_log.listen()
         path = self._paths.ticket_socket
         path.unlink(missing_ok=True)
         server = await asyncio.get_running_loop().create_unix_server(
@@ -155,7 +157,7 @@ class RouterProcess:
     def _carry_out(self, command: Command) -> None:
         if isinstance(command, anchor_link.Deliver):
             assert self._anchor is not None
-            self._anchor.send(command)
+            self._anchor.deliver(command)
         elif isinstance(command, Submit | AbortOn | Forget | Resend):
             self._links.send(command)
         elif isinstance(command, Ended):
@@ -316,13 +318,20 @@ async def _run(paths: UnitPaths, settings: RouterSettings) -> int:
 
 def main() -> None:
     """Run the router process of the unit that the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m router.process UNIT_DIR")
+    directory, *flags = sys.argv[1:] or [""]
+    if not directory or flags not in ([], ["--standby"]):
+        sys.exit("usage: python -m router.process UNIT_DIR [--standby]")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     os.umask(0o077)
     # Requests live for long and hold no cycles: full collections would only stop the streams.
     gc.set_threshold(50_000, 20, 100)
-    paths = UnitPaths(sys.argv[1])
+    if flags:
+        _load_http_api()
+        gc.collect()
+        gc.freeze()
+        if not os.read(0, 1):
+            return  # Nobody needs it any more.
+    paths = UnitPaths(directory)
     status = uvloop.run(_run(paths, load_router(paths.router_settings)))
     # What is left are threads of libraries, which nothing needs to wait for.
     os._exit(status)

@@ -60,8 +60,12 @@ class UnitSettings(Struct, frozen=True, kw_only=True):
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     max_body_bytes: int = 32 * 1024 * 1024
-    stream_keep_alive_s: float = 15.0
-    """A stream of the full front that was silent for this long gets a comment event."""
+    max_connections: int = 30_000
+    """Of clients at once, where the system allows as many descriptors; further ones get a 503."""
+    silent_client_s: float = 30.0
+    """A client that must send or take something and does not for this long is given up."""
+    stream_keep_alive_s: int = 15
+    """A stream that was silent for this long gets a comment event."""
     grpc_host: str = "127.0.0.1"
     grpc_port: int | None = None
     """Where the gRPC front listens; without one there is none."""

@@ -2,7 +2,8 @@
 
 Boundary: turns messages into the core's events and the core's commands into messages, and says
 when a worker is dead. A broken link is tried again at once; a worker is dead when its port refuses,
-when another incarnation answers, when the membership no longer has it, or after too long a silence.
+when another incarnation answers, when the membership no longer has it, or when it is silent for too
+long (`link_watch`).
 """
 
 from __future__ import annotations
@@ -15,40 +16,25 @@ from typing import Any, Final, Protocol
 
 import grpc
 
-from engine.base import EngineLoad
+from engine.watch import AwakeClock
 from protos import worker_pb2, worker_pb2_grpc
-from protos.enginecore import ENGINE_TAG
-from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
+from protos.ids import Incarnation, WorkerId
 from protos.membership import Member
-from router.core.events import (
-    AbortOn,
-    Event,
-    Forget,
-    HeldAttempt,
-    OutputReport,
-    PromptUse,
-    Resend,
-    Role,
-    StepReported,
-    Submit,
-    WorkerDead,
-    WorkerLinkBroken,
-    WorkerUp,
-)
+from router.core.events import Event, WorkerDead, WorkerLinkBroken
+from router.link_watch import SILENCE_S, LinkWatch, Reach
 from router.settings import RouterSettings
+from router.worker_messages import ToWorker, command_of, step_reported, worker_up
 
 _log = logging.getLogger("router")
 
 _make_stub: Any = worker_pb2_grpc.WorkerStub
 """Generated code has no types."""
 
-ToWorker = Submit | AbortOn | Forget | Resend
-
 RETRY_S: Final = 0.1
-GREETING_S: Final = 2.0
-"""The longest wait for a worker's Welcome, or for its port to answer."""
-SILENCE_S: Final = 5.0
-"""Workers report several times a second; one that says nothing for so long counts as cut off."""
+AGAIN_S: Final = 0.01
+"""The same, after a link that stood."""
+LONGEST_LOOK_S: Final = 0.5
+"""Silence is looked for ten times a second; after a longer pause this process was not awake."""
 QUEUED_MESSAGES: Final = 20_000
 """A worker that takes nothing until so many wait counts as cut off."""
 FULL_MESSAGE_BYTES: Final = 1024 * 1024
@@ -57,8 +43,9 @@ _MESSAGE_BYTES: Final = 256 * 1024 * 1024
 _OPTIONS: Final = [
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # Silence is noticed sooner, by what workers say; this must not end a link that is cut for 5 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A link that is tried again must not wait for the back-off of the one before.
     ("grpc.use_local_subchannel_pool", 1),
@@ -86,7 +73,12 @@ class WorkerLink:
     """The link to one member: `run` keeps it up until cancelled."""
 
     def __init__(
-        self, member: Member, settings: RouterSettings, incarnation: int, listener: Listener
+        self,
+        member: Member,
+        settings: RouterSettings,
+        incarnation: int,
+        listener: Listener,
+        clock: AwakeClock,
     ) -> None:
         self.member = member
         self._id = WorkerId(member.worker_id)
@@ -97,20 +89,21 @@ class WorkerLink:
         """Of the worker that was up last, until it is said to be dead."""
         self._said_dead = False
         self._call: Any = None
-        self._heard_s = 0.0
+        self._clock = clock
+        self._watch = LinkWatch(clock.time_s, settings.worker_reconnect_s)
         self._queue: deque[worker_pb2.Command] = deque()
         self._queued = asyncio.Event()
 
     def send(self, command: ToWorker) -> None:
         """Queue a command; it is lost if the link breaks before it is sent."""
-        self._queue.append(_command(command))
+        self._queue.append(command_of(command))
         self._queued.set()
         if len(self._queue) > QUEUED_MESSAGES and self._call is not None:
             self._call.cancel()
 
-    def check_silence(self, now_s: float) -> None:
+    def check_silence(self) -> None:
         """Break the link to a worker that has stopped talking."""
-        if self._call is not None and now_s - self._heard_s > SILENCE_S:
+        if self._call is not None and self._watch.is_silent(self._clock.time_s):
             _log.warning("%s says nothing for %.0f s", self._id, SILENCE_S)
             self._call.cancel()
 
@@ -123,67 +116,65 @@ class WorkerLink:
 
     async def run(self) -> None:
         """Attach, again and again; between times, judge whether the worker is dead."""
-        loop = asyncio.get_running_loop()
-        lost_s = loop.time()
         while True:
-            self._heard_s = 0.0
-            why = await self._attach()
-            if self._heard_s:
-                lost_s = loop.time()
-            if not self._said_dead:
-                if await _refuses(self.member.address):
-                    self.give_up("its port refuses connections")
-                elif loop.time() - lost_s > self._settings.worker_reconnect_s:
-                    self.give_up(f"it can't be reached: {why}")
-            await asyncio.sleep(RETRY_S)
+            reach, detail = await self._try()
+            verdict = self._watch.judge(self._clock.time_s, reach)
+            if verdict is not None:
+                self.give_up(f"{verdict} ({detail})" if detail else verdict)
+            await asyncio.sleep(RETRY_S if reach is not Reach.WELCOMED else AGAIN_S)
 
-    async def _attach(self) -> str:
-        """One connection from its Hello to its end; returns why it ended."""
+    async def _try(self) -> tuple[Reach, str]:
+        """One connection from its first packet to its end."""
+        limit_s = self._watch.time_left_s(self._clock.time_s)
+        reach = await _knock(self.member.address, limit_s)
+        if reach is not None:
+            return reach, ""
         metadata = (("authorization", f"Bearer {self._settings.link_token}"),)
         async with grpc.aio.insecure_channel(self.member.address, options=_OPTIONS) as channel:
             call = _make_stub(channel).Attach(metadata=metadata)
             try:
-                async with asyncio.timeout(GREETING_S):
+                async with asyncio.timeout(limit_s):
                     await call.write(worker_pb2.RouterMessage(hello=self._hello))
                     first = await call.read()
                 if not _is_message(first) or not first.HasField("welcome"):
-                    return "it did not say Welcome"
+                    return Reach.ANSWERED, "without Welcome"
                 if first.welcome.worker_id != self._id:
                     self.give_up(f"{first.welcome.worker_id} answers on its port")
-                    return "another answers"
+                    return Reach.ANSWERED, "another answers"
                 self._up(first.welcome, call)
                 await self._talk(call)
             except grpc.aio.AioRpcError as error:
-                return f"{error.code().name}: {error.details()}"
+                if self._call is None:
+                    return Reach.ANSWERED, f"{error.code().name}: {error.details()}"
             except TimeoutError:
-                return "it does not answer"
+                return Reach.SILENT, ""
             except asyncio.CancelledError:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                     raise
-                return "the link was cut"  # By check_silence or send.
+                # The call was cancelled, by check_silence or send.
             finally:
                 if self._call is not None and self._incarnation is not None:
                     self._listener.feed(WorkerLinkBroken(self._id, self._incarnation))
                 self._call = None
-            return "it ended the link"
+            return Reach.WELCOMED, ""
 
     def _up(self, welcome: worker_pb2.Welcome, call: Any) -> None:
         self._call = call
-        self._heard_s = asyncio.get_running_loop().time()
+        self._watch.heard(self._clock.time_s)
         self._queue.clear()
         self._incarnation = Incarnation(welcome.worker_incarnation)
         self._said_dead = False
-        self._listener.feed(_worker_up(welcome))
+        self._listener.feed(worker_up(welcome))
         self._listener.on_welcome(self._id, welcome.ready_payload)
 
     async def _talk(self, call: Any) -> None:
         sender = asyncio.create_task(self._send_queued(call))
         try:
             while _is_message(message := await call.read()):
-                self._heard_s = asyncio.get_running_loop().time()
+                self._watch.heard(self._clock.time_s)
                 assert self._incarnation is not None
                 if message.HasField("step"):
-                    self._listener.feed(_step(self._id, self._incarnation, message.step))
+                    self._listener.feed(step_reported(self._id, self._incarnation, message.step))
                 elif message.HasField("metrics"):
                     self._listener.on_metrics(self._id, dict(message.metrics.values))
         finally:
@@ -223,6 +214,7 @@ class WorkerLinks:
         self._incarnation = incarnation
         self._listener = listener
         self._on_defect = on_defect
+        self._clock = AwakeClock(asyncio.get_running_loop().time(), LONGEST_LOOK_S)
         self._links: dict[str, tuple[WorkerLink, asyncio.Task[None]]] = {}
 
     def send(self, command: ToWorker) -> None:
@@ -242,15 +234,18 @@ class WorkerLinks:
                 task.cancel()
         for worker_id, member in wanted.items():
             if worker_id not in self._links:
-                link = WorkerLink(member, self._settings, self._incarnation, self._listener)
+                link = WorkerLink(
+                    member, self._settings, self._incarnation, self._listener, self._clock
+                )
                 task = asyncio.create_task(link.run())
                 task.add_done_callback(self._on_defect)
                 self._links[worker_id] = link, task
 
     def check_silence(self, now_s: float) -> None:
-        """Break the links that say nothing."""
+        """Break the links that say nothing; to be called several times a second."""
+        self._clock.look(now_s)
         for link, _ in self._links.values():
-            link.check_silence(now_s)
+            link.check_silence()
 
     def addresses(self) -> dict[str, str]:
         """By worker."""
@@ -266,74 +261,15 @@ def _same_process(left: Member, right: Member) -> bool:
     return (left.address, left.incarnation) == (right.address, right.incarnation)
 
 
-async def _refuses(address: str) -> bool:
-    """Whether nobody listens there: the worker's process is gone."""
+async def _knock(address: str, limit_s: float) -> Reach | None:
+    """Whether a connection is refused, or does not come about at all; None: its port is open."""
     host, _, port = address.rpartition(":")
     try:
-        async with asyncio.timeout(GREETING_S):
+        async with asyncio.timeout(limit_s):
             _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
     except ConnectionRefusedError:
-        return True
+        return Reach.REFUSED
     except (OSError, TimeoutError):
-        return False
+        return Reach.CUT
     writer.close()
-    return False
-
-
-def _command(command: ToWorker) -> worker_pb2.Command:
-    key, attempt = command.key, command.attempt
-    if isinstance(command, Submit):
-        submit = worker_pb2.Submit(
-            request_key=key, attempt=attempt, engine_tag=ENGINE_TAG,
-            engine_request=command.engine_request, output_token_ids=command.output_token_ids,
-            manifest=command.manifest, hand_off=command.hand_off,
-        )  # fmt: skip
-        return worker_pb2.Command(submit=submit)
-    if isinstance(command, AbortOn):
-        return worker_pb2.Command(abort=worker_pb2.Abort(request_key=key, attempt=attempt))
-    if isinstance(command, Forget):
-        return worker_pb2.Command(forget=worker_pb2.Forget(request_key=key, attempt=attempt))
-    resend = worker_pb2.Resend(
-        request_key=key, attempt=attempt, from_position=command.from_position
-    )
-    return worker_pb2.Command(resend=resend)
-
-
-def _worker_up(welcome: worker_pb2.Welcome) -> WorkerUp:
-    held = tuple(
-        HeldAttempt(
-            RequestKey(each.request_key), Attempt(each.attempt),
-            each.first_position, each.next_position, each.ended, each.aborted,
-        )
-        for each in welcome.held
-    )  # fmt: skip
-    return WorkerUp(
-        WorkerId(welcome.worker_id), Incarnation(welcome.worker_incarnation), Role(welcome.role),
-        welcome.engine_tag, welcome.block_size_tokens, welcome.kv_blocks_total,
-        welcome.max_model_len_tokens, held,
-    )  # fmt: skip
-
-
-def _step(worker: WorkerId, incarnation: Incarnation, step: worker_pb2.Step) -> StepReported:
-    load = step.load
-    return StepReported(
-        worker,
-        incarnation,
-        [_output(output) for output in step.outputs],
-        EngineLoad(
-            load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.step_time_s
-        ),
-    )
-
-
-def _output(output: worker_pb2.Output) -> OutputReport:
-    use = None
-    if output.HasField("prompt_use"):
-        told = output.prompt_use
-        use = PromptUse(
-            told.prompt_tokens, told.computed_tokens, told.cached_tokens, told.transferred_tokens
-        )
-    return OutputReport(
-        RequestKey(output.request_key), Attempt(output.attempt), output.first_position,
-        tuple(output.token_ids), output.payload, output.finish, output.manifest, output.error, use,
-    )  # fmt: skip
+    return None

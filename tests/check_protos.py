@@ -1,4 +1,4 @@
-"""Part of `make check`: the generated code is what worker.proto gives."""
+"""Part of `make check`: the generated code is what the .proto files give."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATED = ("worker_pb2.py", "worker_pb2.pyi", "worker_pb2_grpc.py")
+SOURCES = ("worker", "inference")
+GENERATED = [
+    f"{source}{ending}" for source in SOURCES for ending in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
+]
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [f"--{kind}_out={scratch}" for kind in ("python", "pyi", "grpc_python")]
         command = [sys.executable, "-m", "grpc_tools.protoc", "-I."]
-        subprocess.run([*command, *outputs, "protos/worker.proto"], cwd=ROOT, check=True)
+        sources = [f"protos/{source}.proto" for source in SOURCES]
+        subprocess.run([*command, *outputs, *sources], cwd=ROOT, check=True)
         stale = [
             name
             for name in GENERATED

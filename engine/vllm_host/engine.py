@@ -26,7 +26,9 @@ from engine.base import EngineInfo, EngineLoad, EngineStep
 from engine.spec import WorkerSpec
 from engine.vllm_host import launch
 from engine.vllm_host.counters import step_counters
+from engine.vllm_host.threads import cpu_times_s, is_stopped
 from engine.vllm_host.warmup import warm_up
+from engine.watch import EngineWatch
 from protos import enginecore
 from protos.enginecore import EngineOutputs, EngineRequest
 from protos.errors import EngineError
@@ -39,6 +41,8 @@ _START_TIMEOUT_S: Final = 1800.0
 _STOP_TIMEOUT_S: Final = 5.0
 _IDLE_AFTER_S: Final = 0.5
 """A pause between steps that is longer is idling, not a slow step."""
+_LOOK_S: Final = 0.5
+"""How often to see whether the engine hangs."""
 _LOG_TAIL_BYTES: Final = 8000
 _ERROR_LINE: Final = re.compile(r"[\w.]+(Error|Exception|Exit)\b: ")
 
@@ -59,6 +63,11 @@ class VllmEngine:
         self._output: zmq.asyncio.Socket = self._context.socket(SocketType.PULL)
         self._process: asyncio.subprocess.Process | None = None
         self._ended: asyncio.Task[int] | None = None
+        self._watch = EngineWatch(time.monotonic())
+        self._hang = ""
+        """Why it was killed, if it hung."""
+        self._unfinished: set[str] = set()
+        """Requests that wait for a step."""
         self._kv_blocks_total = 0
         self._load = EngineLoad()
         self._last_step_s = 0.0
@@ -96,9 +105,11 @@ class VllmEngine:
         )
 
     def add(self, request: EngineRequest) -> None:
+        self._unfinished.add(request.request_id)
         self._send(enginecore.ADD, enginecore.encode(request))
 
     def abort(self, request_ids: list[str]) -> None:
+        self._unfinished.difference_update(request_ids)
         self._send(enginecore.ABORT, enginecore.encode(request_ids))
 
     async def step(self) -> EngineStep:
@@ -108,6 +119,10 @@ class VllmEngine:
         if frames[0] == _DEAD:
             raise await self._death()
         outputs = enginecore.decode_outputs(enginecore.only_frame(frames))
+        self._watch.stepped()
+        for output in outputs.outputs:
+            if output.finish_reason is not None:
+                self._unfinished.discard(output.request_id)
         self._note_load(outputs)
         return EngineStep(outputs.outputs, self._load, step_counters(outputs))
 
@@ -156,7 +171,7 @@ class VllmEngine:
                 stderr=log,
                 env={**os.environ, **self._environment()},
             )
-        self._ended = asyncio.create_task(self._process.wait())
+        self._ended = asyncio.create_task(self._watched_end(self._process))
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -205,6 +220,22 @@ class VllmEngine:
             step_time_s=step_time_s if step_time_s < _IDLE_AFTER_S else 0.0,
         )
 
+    async def _watched_end(self, process: asyncio.subprocess.Process) -> int:
+        """Its exit status, once it ends; one that hangs is killed."""
+        ended = asyncio.ensure_future(process.wait())
+        while not ended.done():
+            await asyncio.wait({ended}, timeout=_LOOK_S)
+            verdict = self._watch.look(
+                time.monotonic(),
+                waits=bool(self._unfinished),
+                stopped=is_stopped(process.pid),
+                threads=lambda: cpu_times_s(process.pid),
+            )
+            if verdict is not None and not ended.done():
+                self._hang = self._hang or verdict
+                process.kill()  # Stopped, it would not even take a SIGTERM.
+        return ended.result()
+
     async def _or_death(self, work: Awaitable[_T]) -> _T:
         """What `work` gives, or EngineError if the engine process ends first."""
         assert self._ended is not None
@@ -220,6 +251,10 @@ class VllmEngine:
     async def _death(self) -> EngineError:
         assert self._ended is not None
         status = await self._ended
+        if self._hang:
+            return EngineError(
+                f"the engine of {self._spec.worker_id} hung and was killed: {self._hang}"
+            )
         with self._log_path.open("rb") as log:
             log.seek(max(0, self._log_path.stat().st_size - _LOG_TAIL_BYTES))
             tail = log.read().decode(errors="replace")

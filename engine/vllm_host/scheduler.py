@@ -6,15 +6,24 @@ generated. Loaded by vLLM in the engine process (`scheduler_cls`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
+from engine.vllm_host.grammar_budget import TimedGrammar
 from protos.enginecore import resumed_output_token_ids
+
+logger = init_logger(__name__)
+
+_TELL_S: Final = 1.0
+"""How often an engine with work tells that it steps, if there is nothing else to tell."""
 
 
 def injected_token_ids(request: Request) -> list[int]:
@@ -29,7 +38,9 @@ class BatonScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._grammar_is_behind: set[str] = set()
+        self._grammars: dict[str, TimedGrammar] = {}
         self._last_stats: tuple[float, ...] = ()
+        self._told_s = 0.0
 
     def add_request(self, request: Request) -> None:
         tokens = injected_token_ids(request)
@@ -42,7 +53,12 @@ class BatonScheduler(Scheduler):  # type: ignore[misc]
         super().add_request(request)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        compiled = request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
         ready: bool = super()._handle_blocked_waiting_request(request)
+        if compiled and ready:
+            grammar = TimedGrammar(request.structured_output_request.grammar)
+            self._grammars[request.request_id] = grammar
+            request.structured_output_request.grammar = grammar
         if (
             ready
             and request.request_id in self._grammar_is_behind
@@ -56,6 +72,20 @@ class BatonScheduler(Scheduler):  # type: ignore[misc]
                 self.grammar_compile_error_reqs.add(request.request_id)
                 return False
         return ready
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        """End those whose grammars hold up everybody else."""
+        for request_id, grammar in list(self._grammars.items()):
+            if request_id not in self.requests:
+                del self._grammars[request_id]
+            elif grammar.is_over_budget:
+                logger.warning(
+                    "Ending %s: its grammar took %.1f s of CPU time.", request_id, grammar.used_s
+                )
+                # Ends the request with an error, as a grammar that doesn't compile does.
+                self.grammar_compile_error_reqs.add(request_id)
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
+        return outputs
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -72,22 +102,28 @@ class BatonScheduler(Scheduler):  # type: ignore[misc]
         return finished
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """The step's figures; None when they are those of the step before.
+        """The step's figures; None when they are those of the step before, told a moment ago.
 
-        An engine whose blocks wait to be fetched steps every millisecond with nothing to tell.
+        An engine whose blocks wait to be fetched steps every millisecond with nothing to tell; that
+        it does step must be told now and then.
         """
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
         gauges = (stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage)
+        now_s = time.monotonic()
         quiet = (
             gauges == self._last_stats
+            and now_s - self._told_s < _TELL_S
             and not stats.num_running_reqs
             and not stats.kv_connector_stats
             and not stats.prefix_cache_stats.requests
         )
         self._last_stats = gauges
-        return None if quiet else stats
+        if quiet:
+            return None
+        self._told_s = now_s
+        return stats
 
 
 class BatonAsyncScheduler(BatonScheduler, AsyncScheduler):  # type: ignore[misc]

@@ -2,9 +2,9 @@
 
     python -m router.unit.anchor UNIT_DIR
 
-It reads UNIT_DIR/unit.json, takes the listening port, and starts the edge, the fronts and the
-router process, all of which die with it. To a front it is the engine; to the router it speaks
-`protos.anchor_link` on UNIT_DIR/anchor.sock. SIGTERM ends everything.
+It reads UNIT_DIR/unit.json, takes the listening port, and starts what `_commands` lists: the
+router process, the fronts and the edge, all of which die with it. To a front it is the engine; to
+the router it speaks `protos.anchor_link` on UNIT_DIR/anchor.sock. SIGTERM ends everything.
 
 Boundary: it decides nothing. `relay` remembers, `exchange` carries, `children` run; here is what
 starts them and the loop.
@@ -28,18 +28,19 @@ from typing import Final, NoReturn
 import msgspec
 
 from router.settings import UnitPaths, UnitSettings, load_unit
-from router.unit import edge, fronts
+from router.unit import edge, fronts, grpc_launch
 from router.unit.children import Child, Command, start_time
 from router.unit.exchange import Exchange
 from router.unit.reactor import Reactor
 
 _log = logging.getLogger("anchor")
 
-FRONTS: Final = 1
+ROUTER_SETTLED_S: Final = 0.5
+"""Streams stand still while there is no router; one that fails does so sooner."""
 END_GRACE_S: Final = 3.0
 """Between asking a child to end and killing it."""
-_TURN_S: Final = 0.5
-"""The longest sleep: how late a deadline may be noticed."""
+_LOOK_EVERY_S: Final = 0.2
+"""How late a deadline may be noticed; a child's end is noticed at once."""
 _BACKLOG: Final = 4096
 _LONGEST_SOCKET_PATH_BYTES: Final = 107
 
@@ -50,82 +51,94 @@ class Anchor:
     def __init__(self, settings: UnitSettings, paths: UnitPaths, port: socket.socket) -> None:
         self._paths = paths
         self._stopping = False
+        self._look_at_s = 0.0
         self._reactor = Reactor()
         self._anchor_listener = _listen_unix(paths.anchor_socket)
         self._exchange = Exchange(paths, self._reactor, self._anchor_listener)
+        self._kinds = fronts.kinds(settings)
+        if fronts.FAST not in self._kinds:
+            _log.warning("vllm-rs is missing: the full front serves all paths")
         # Held here, these outlive the processes that serve them: who connects while one restarts
         # waits instead of being refused.
         self._held = {
             front: [
                 _listen_unix(paths.front_socket(front, purpose))
-                for purpose in ("http", "input", "output")
+                for purpose in fronts.HELD_SOCKETS[kind]
             ]
-            for front in range(FRONTS)
+            for front, kind in self._kinds.items()
         }
-        environment = {**os.environ, **settings.environment}
-        self._router = Child(
-            "router",
-            paths.logs,
-            Command([*settings.router_command, str(paths.directory)], environment),
-        )
-        self._fronts = [
-            Child(f"front-{front}", paths.logs, _front_command(settings, listeners))
-            for front, listeners in self._held.items()
-        ]
-        self._edge = Child(
-            "edge",
-            paths.logs,
-            Command(edge.arguments(settings, paths), environment, [port.fileno()]),
-        )
+        commands = self._commands(settings, port)
+        self._children = {name: Child(name, paths.logs, commands[name]) for name in commands}
+        self._fronts = {_front_name(front): front for front in self._kinds}
         self._wakeup = _wake_on_signals(self._stop)
         self._reactor.on_readable(self._wakeup.fileno(), self._drain_wakeup)
+
+    def _commands(self, settings: UnitSettings, port: socket.socket) -> dict[str, Command]:
+        """What is kept running, by name, in the order of starting: who is needed first."""
+        paths = self._paths
+        environment = {**os.environ, **settings.environment}
+        router = [*settings.router_command, str(paths.directory), "--standby"]
+        commands = {
+            "router": Command(router, environment, standby=True, settled_s=ROUTER_SETTLED_S)
+        }
+        for front, kind in self._kinds.items():
+            descriptors = [listener.fileno() for listener in self._held[front]]
+            commands[_front_name(front)] = fronts.COMMANDS[kind](settings, paths, descriptors)
+        edge_arguments = edge.arguments(settings, paths)
+        commands["edge"] = Command(edge_arguments, environment, [port.fileno()])
+        if settings.grpc_port is not None:
+            commands["grpc"] = grpc_launch.command(settings, paths)
+        return commands
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT."""
         while not self._stopping:
             now_s = time.monotonic()
-            self._keep_running(now_s)
-            self._exchange.end_orphans(now_s)
-            for front in self._exchange.fronts_to_end(now_s):
-                self._fronts[front].send_signal(signal.SIGKILL)
-            if self._exchange.router_hangs(now_s):
-                _log.error("the router answers nothing; it is ended")
-                self._router.send_signal(signal.SIGKILL)
-            self._reactor.turn(self._sleep_s(now_s))
+            if now_s >= self._look_at_s:
+                self._look(now_s)
+            self._reactor.turn(self._look_at_s - now_s)
         self._end_children()
+
+    def _look(self, now_s: float) -> None:
+        """After the children, and after whoever should have answered: not for every message."""
+        self._keep_running(now_s)
+        self._exchange.end_orphans(now_s)
+        for front in self._exchange.fronts_to_end(now_s):
+            self._children[_front_name(front)].send_signal(signal.SIGKILL)
+        if self._exchange.router_hangs(now_s):
+            _log.error("the router answers nothing; it is ended")
+            self._children["router"].send_signal(signal.SIGKILL)
+        due_s = [child.due_s for child in self._children.values() if child.due_s is not None]
+        self._look_at_s = min([now_s + _LOOK_EVERY_S, *due_s])
 
     def _keep_running(self, now_s: float) -> None:
         """Notice which children ended, and start those that are due."""
         changed = False
-        for child in self._children():
+        for child in self._children.values():
+            front = self._fronts.get(child.name)
             if (status := child.ended(now_s)) is not None:
                 _log.warning("%s ended with status %d", child.name, status)
-                if child in self._fronts:
-                    self._exchange.front_ended(self._fronts.index(child))
+                if front is not None:
+                    self._exchange.front_ended(front)
                 changed = True
             if child.due_s is not None and child.due_s <= now_s:
-                if child.start(now_s) and child in self._fronts:
-                    self._exchange.front_started(self._fronts.index(child))
+                if child.start(now_s) and front is not None:
+                    self._exchange.front_started(front)
                 changed = True
+            child.keep_standby(now_s)
         if changed:
             self._save_state()
-
-    def _children(self) -> list[Child]:
-        """In the order of starting: who needs longest until it serves comes first."""
-        return [self._router, *self._fronts, self._edge]
-
-    def _sleep_s(self, now_s: float) -> float:
-        due = [child.due_s - now_s for child in self._children() if child.due_s is not None]
-        return min([_TURN_S, *due])
 
     def _save_state(self) -> None:
         pid = os.getpid()
         state = {
             "anchor": {"pid": pid, "start_time": start_time(pid)},
-            "router": self._router.state(),
-            "edge": self._edge.state(),
+            "router": self._children["router"].state(),
+            "edge": self._children["edge"].state(),
+            "grpc": self._children["grpc"].state() if "grpc" in self._children else None,
             "fronts": [
-                {"front": front, **child.state()} for front, child in enumerate(self._fronts)
+                {"front": front, "kind": self._kinds[front], **self._children[name].state()}
+                for name, front in self._fronts.items()
             ],
         }
         draft = self._paths.anchor_state.with_suffix(".draft")
@@ -141,25 +154,22 @@ class Anchor:
     def _drain_wakeup(self) -> None:
         # Its bytes are the signals' numbers; what they mean is looked up, not read.
         self._wakeup.recv(4096)
+        self._look_at_s = 0.0
 
     def _end_children(self) -> None:
-        for child in self._children():
-            child.send_signal(signal.SIGTERM)
+        children = self._children.values()
+        for child in children:
+            child.end()
         deadline_s = time.monotonic() + END_GRACE_S
-        for child in self._children():
+        for child in children:
             if not child.wait(deadline_s - time.monotonic()):
                 child.send_signal(signal.SIGKILL)
-        for child in self._children():
+        for child in children:
             child.wait(END_GRACE_S)
 
 
-def _front_command(settings: UnitSettings, listeners: list[socket.socket]) -> Command:
-    http, engine_input, engine_output = (listener.fileno() for listener in listeners)
-    return Command(
-        fronts.arguments(settings, http, engine_input, engine_output),
-        fronts.environment(settings, os.environ),
-        [http, engine_input, engine_output],
-    )
+def _front_name(front: int) -> str:
+    return f"front-{front}"
 
 
 def _listen_unix(path: Path) -> socket.socket:
@@ -198,7 +208,7 @@ def _lock(paths: UnitPaths) -> None:
 
 
 def _load(paths: UnitPaths) -> UnitSettings:
-    longest = os.fsencode(paths.front_socket(FRONTS - 1, "output"))
+    longest = os.fsencode(paths.front_socket(fronts.FULL, "output"))
     if len(longest) > _LONGEST_SOCKET_PATH_BYTES:
         _exit(2, f"{paths.directory} is too long a path for Unix sockets; choose a shorter one")
     try:

@@ -1,10 +1,14 @@
 """The processes that the anchor keeps running: start, end, back-off, and dying with the anchor.
 
-Boundary: one process each; what its command is and what its end means is decided elsewhere.
+A child may have a standby: a second process that has loaded all it needs and waits for a byte on
+its standard input, so that its start takes no time.
+
+Boundary: what a command is and what its end means is decided elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -17,11 +21,13 @@ from typing import Any, Final, NamedTuple
 _log = logging.getLogger("anchor")
 
 _PR_SET_PDEATHSIG: Final = 1
-_LONGEST_PAUSE_S: Final = 0.5
-"""Well under the 3 s for which the edge waits for a ticket."""
 _FIRST_PAUSE_S: Final = 0.1
+_STANDBY_AFTER_S: Final = 0.2
+"""The process itself goes first: streams may wait for it."""
 _SETTLED_S: Final = 2.0
-"""A process that lived as long as this is started again at once."""
+_PAUSES_PER_SETTLED: Final = 4
+"""The longest pause is a quarter of it: by default well under the 3 s for which the edge waits for
+a ticket."""
 
 # Looked up before any fork: between fork and exec nothing may be loaded.
 _prctl: Final = ctypes.CDLL(None, use_errno=True).prctl
@@ -33,6 +39,11 @@ class Command(NamedTuple):
     arguments: Sequence[str]
     environment: Mapping[str, str]
     descriptors: Sequence[int] = ()
+    standby: bool = False
+    """It waits for a byte on its standard input before it does anything that others see."""
+    settled_s: float = _SETTLED_S
+    """A process that lived as long as this is started again at once; longer than a failing start
+    takes, else one that can't start is started again and again without a pause."""
 
 
 def start_time(pid: int) -> int | None:
@@ -57,6 +68,8 @@ class Child:
         self._log_path = logs / f"{name}.log"
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
+        self._standby: subprocess.Popen[bytes] | None = None
+        self._standby_due_s = 0.0
         self._started_s = 0.0
         self._pause_s = 0.0
         self.due_s: float | None = 0.0
@@ -68,28 +81,50 @@ class Child:
 
     def start(self, now_s: float) -> bool:
         """Whether it runs now. A command that can't be run is tried again like one that ended."""
-        arguments, environment, descriptors = self._command
+        self._process, self._standby = self._standby or self._spawn(), None
+        self._started_s = now_s
+        self._standby_due_s = now_s + _STANDBY_AFTER_S
+        self.due_s = None
+        if self._process is None:
+            self._plan_restart(now_s)
+        elif self._process.stdin is not None:
+            # It may have ended meanwhile, which is noticed as for any other.
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(b"\n")
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        return self._process is not None
+
+    def keep_standby(self, now_s: float) -> None:
+        """Have one wait soon after the process itself started; notice one that ended."""
+        if self._standby is not None and self._standby.poll() is not None:
+            self._standby = None
+            self._standby_due_s = now_s + _SETTLED_S
+        wanted = self._command.standby and self._process is not None
+        if wanted and self._standby is None and now_s >= self._standby_due_s:
+            self._standby = self._spawn()
+            self._standby_due_s = now_s + _SETTLED_S
+
+    def _spawn(self) -> subprocess.Popen[bytes] | None:
+        """None if the command can't be run."""
+        command = self._command
         anchor = os.getpid()
         try:
             with self._log_path.open("ab") as output:
                 # The hook is safe: the anchor has one Python thread, and the hook only makes two
                 # system calls. (The signal comes when the *thread* that forked ends.)
-                self._process = subprocess.Popen(
-                    arguments,
-                    env=dict(environment),
-                    stdin=subprocess.DEVNULL,
+                return subprocess.Popen(
+                    command.arguments,
+                    env=dict(command.environment),
+                    stdin=subprocess.PIPE if command.standby else subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    pass_fds=descriptors,
+                    pass_fds=command.descriptors,
                     preexec_fn=lambda: _die_with(anchor),
                 )
         except OSError as error:
             _log.error("%s can't be started: %s", self.name, error)
-        self._started_s = now_s
-        self.due_s = None
-        if self._process is None:
-            self._plan_restart(now_s)
-        return self._process is not None
+            return None
 
     def ended(self, now_s: float) -> int | None:
         """The exit status if it has ended since; its next start is then planned."""
@@ -101,16 +136,26 @@ class Child:
 
     def _plan_restart(self, now_s: float) -> None:
         """At once after a settled life, later and later after short ones."""
-        if now_s - self._started_s >= _SETTLED_S:
+        settled_s = self._command.settled_s
+        if now_s - self._started_s >= settled_s:
             self._pause_s = 0.0
         self.due_s = now_s + self._pause_s
-        self._pause_s = min(_LONGEST_PAUSE_S, self._pause_s * 2 or _FIRST_PAUSE_S)
+        longest_s = settled_s / _PAUSES_PER_SETTLED
+        self._pause_s = min(longest_s, self._pause_s * 2 or _FIRST_PAUSE_S)
         self.restarts += 1
 
     def send_signal(self, number: signal.Signals) -> None:
         """Does nothing when it isn't running."""
         if self._process is not None:
             self._process.send_signal(number)
+
+    def end(self) -> None:
+        """Ask it to end; nothing else takes its place."""
+        self.send_signal(signal.SIGTERM)
+        if self._standby is not None:
+            self._standby.kill()
+            self._standby.wait()
+            self._standby = None
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it ends within the time. For the anchor's own end; blocks."""

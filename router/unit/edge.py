@@ -1,65 +1,86 @@
-"""HAProxy's configuration: which path goes where, limits, and errors in OpenAI's form.
+"""HAProxy's configuration: which path goes where, limits, and errors in the clients' form.
 
-Boundary: settings in, text out. Whether a request may go on is the router's decision, asked for by
-`ticket.lua`; when HAProxy runs is the anchor's.
+Boundary: settings in, text out. Whether a request may go on, and to which front, `ticket.lua`
+finds out; when HAProxy runs is the anchor's.
 
-How each request ended goes to the router's datagram socket (`UnitPaths.edge_log_socket`), one
-datagram per request that asked for a ticket, its fields parted by tabs:
-`v1 ticket=T status=N end=XY request_bytes=N response_bytes=N first_byte_ms=N total_ms=N`. `T` is
-`-` if none was given; `XY` are the first two characters of HAProxy's session state, `--` after an
-orderly end, `C.` if the client left, `S.` if the front did; a time is -1 if it never came to that.
+How each request that got a ticket ended goes to the router over `UnitPaths.edge_log_socket`, a
+line each, its fields parted by tabs. While no router listens they are kept, and are sent later (a
+datagram is lost where more than ten wait, which is Linux's default):
+`v1 ticket=T status=N front=F end=XY request_bytes=N response_bytes=N first_byte_ms=N total_ms=N`.
+`F` is the front that it went to, `fast` or `full`. `XY` are the first two characters of HAProxy's
+session state. `--`: an orderly end. First `C` or `c`: the client left, or took nothing any more.
+First `S` or `s`: the front died, or said nothing for an hour. First `P` or `L`: the edge answered
+itself. A time is -1 if it never came to that. What is no HTTP at all is logged too, with `-` as its
+ticket.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from router.settings import UnitPaths, UnitSettings
+from router.unit import edge_errors, fronts
+from router.unit.edge_errors import quoted, refusal
 
-TICKET_PATHS: Final = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+CHOSEN_PATHS: Final = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+"""Served by the fast front unless the body asks for more than it can do."""
+RESPONSES_PATH: Final = "/v1/responses"
+ANTHROPIC_PATHS: Final = ("/v1/messages", "/v1/messages/count_tokens")
 MODEL_PATHS: Final = ("/v1/models",)
 ROUTER_PATHS: Final = ("/health", "/metrics")
 OPERATOR_PATHS: Final = ("/cluster", "/dashboard")
 """Also everything below them."""
 
-FRONTS_BODY_BYTES: Final = 32 * 1024 * 1024
-"""What `vllm-rs` takes at most; it has no setting for it."""
-_TOO_LARGE: Final = "body_too_large"
+_BUFFER_BYTES: Final = 64 * 1024
+"""A prompt of 4,096 tokens fits, as text or as numbers; a larger body goes to the full front."""
+_SURELY_SEEN_BYTES: Final = _BUFFER_BYTES // 2
+"""Below this the buffer can't have been full."""
+_HEADER_BYTES: Final = 16 * 1024
+
+_SEND_BUFFER_BYTES: Final = 128 * 1024
+"""Half a thousand events. Left alone, the system keeps 4 MiB for a client that reads nothing."""
+
+_REQUEST_S: Final = 10
+"""For a request's head, and once more for the part of its body that the edge reads."""
+
+_LINE_BYTES: Final = 2048
+_KEPT_LOG_BYTES: Final = 4 * 1024 * 1024
 
 _MAX_THREADS: Final = 4
 """One thread passes thousands of requests a second; a core each would only take memory."""
 _MAX_DESCRIPTORS: Final = 65_536
-"""A stream takes two, so about 32,000 at once; the system's own limit may be lower."""
-
-_ERRORS: Final = {
-    400: (
-        "invalid_request_error",
-        "The request is no valid HTTP, has too long headers, or did not come whole in time.",
-    ),
-    403: ("permission_error", "The request is not allowed."),
-    408: ("invalid_request_error", "The request did not arrive in time."),
-    500: ("server_error", "The edge failed on this request."),
-    502: ("server_error", "The process that served this request ended; try again."),
-    503: ("server_error", "The process that serves this path is starting; try again."),
-    504: ("server_error", "The process that serves this path did not answer in time."),
-}
+_OTHER_DESCRIPTORS: Final = 1_000
+"""Beside two for each client: listeners, checks, connections to the router, idle ones."""
+_SPARE_CONNECTIONS: Final = 256
+"""To tell further clients that there are too many."""
 
 
 def configuration(settings: UnitSettings, paths: UnitPaths, listen_fd: int) -> str:
     """The text of haproxy.cfg, for a listening socket that HAProxy inherits."""
-    script = Path(__file__).with_name("ticket.lua")
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    clients = _most_clients(settings)
     return f"""\
 global
     nbthread {threads}
     fd-hard-limit {_MAX_DESCRIPTORS}
+    maxconn {clients + _SPARE_CONNECTIONS}
     noreuseport
-    lua-load-per-thread {_quoted(script)} {_quoted(paths.ticket_socket)}
-    log {_quoted(paths.edge_log_socket)} len 2048 format raw local0
+    tune.bufsize {_BUFFER_BYTES}
+    tune.sndbuf.client {_SEND_BUFFER_BYTES}
+    lua-load-per-thread {_script(settings, paths)}
+    log ring@router len {_LINE_BYTES} format raw local0
+
+ring router
+    format raw
+    maxlen {_LINE_BYTES}
+    size {_KEPT_LOG_BYTES}
+    timeout connect 1s
+    timeout server 1h
+    server router {_unix(paths.edge_log_socket)} log-proto legacy
 
 defaults
     mode http
@@ -72,66 +93,125 @@ defaults
     # Nothing that a front may have begun to serve is sent to it twice.
     retry-on conn-failure
     timeout connect 5s
-    timeout http-request 10s
+    timeout http-request {_REQUEST_S}s
     timeout http-keep-alive 75s
     # The client's runs only while it must send or take something; the server's between two events.
-    timeout client 60s
+    timeout client {round(settings.silent_client_s * 1000)}ms
     timeout server 1h
     timeout tunnel 1h
-{_default_errors()}
 
+{_frontend(settings, paths, listen_fd, clients)}
+
+{_backends(settings, paths)}
+"""
+
+
+def _most_clients(settings: UnitSettings) -> int:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = hard == resource.RLIM_INFINITY
+    descriptors = _MAX_DESCRIPTORS if unlimited else min(hard, _MAX_DESCRIPTORS)
+    possible = (descriptors - _OTHER_DESCRIPTORS) // 2 - _SPARE_CONNECTIONS
+    return max(1, min(settings.max_connections, possible))
+
+
+def _frontend(settings: UnitSettings, paths: UnitPaths, listen_fd: int, clients: int) -> str:
+    default = "full" if settings.vllm_rs is None else "fast"
+    return f"""\
 frontend edge
     bind fd@{listen_fd}
+    bind {_unix(paths.edge_socket)} mode 600
     log global
     log-format {_log_format()}
+{edge_errors.internal("openai")}
 
-    acl asks_ticket path {" ".join(TICKET_PATHS)}
+    acl asks_openai path {" ".join((*CHOSEN_PATHS, RESPONSES_PATH))}
+    acl asks_responses path {RESPONSES_PATH}
+    acl asks_anthropic path {" ".join(ANTHROPIC_PATHS)}
     acl asks_models path {" ".join(MODEL_PATHS)}
     acl asks_router path {" ".join(ROUTER_PATHS)}
     acl asks_operator path {" ".join(OPERATOR_PATHS)}
     acl asks_operator path_beg {" ".join(f"{path}/" for path in OPERATOR_PATHS)}
 
-    http-request set-log-level silent if !asks_ticket
-{_refusals(settings.max_body_bytes)}
+    http-request set-log-level silent
+{_refusals(settings.max_body_bytes, clients)}
 
     # What only Baton may tell a front.
     http-request del-header X-Vllm- -m beg
-    http-request del-header X-Data-Parallel-Rank
     http-request del-header X-Session-Id
     http-request del-header X-Request-Id
-    http-request lua.ticket if asks_ticket
-    http-request set-header X-Request-Id %[var(txn.ticket)] if asks_ticket
+{_admission("if asks_openai")}
+    http-request set-header X-Session-Id %[var(txn.ticket)] if asks_responses
     http-after-response set-header X-Request-Id %[var(txn.ticket)] if {{ var(txn.ticket) -m found }}
 
-    # The router knows its workers, the edge its front; a request can be served with both.
-    http-request deny deny_status 503 if {{ path /health }} {{ nbsrv(front) lt 1 }}
+    # The router knows its workers, the edge its fronts; a request can be served with both.
+    http-request deny deny_status 503 if {{ path /health }} {{ nbsrv({default}) lt 1 }}
 
     use_backend router if asks_router
     use_backend operator if asks_operator
-    default_backend front
+    use_backend anthropic if asks_anthropic
+    use_backend full if {{ var(txn.front) -m str full }}
+    default_backend {default}"""
 
-backend front
-    http-reuse always
+
+def _admission(condition: str = "") -> str:
+    """A ticket, or an answer: for the requests that make work."""
+    got_ticket = "if { var(txn.ticket) -m found }"
+    return f"""\
+    http-request wait-for-body time {_REQUEST_S}s {condition}
+    http-request lua.admit {condition}
+    http-request set-log-level info {got_ticket}
+    http-request set-header X-Request-Id %[var(txn.ticket)] {got_ticket}"""
+
+
+def _backends(settings: UnitSettings, paths: UnitPaths) -> str:
+    full_server = f"{_unix(paths.front_socket(fronts.FULL, 'http'))} check inter 1s fall 3 rise 1"
+    full_rules = """\
     option httpchk GET /health
-    timeout check 5s
-    # A chunked body shows its size to the front alone, which has a limit of its own.
-    http-response wait-for-body time 1s if {{ status 400 }}
-    http-response return status 413 content-type application/json string '{_FRONTS_LIMIT}' if \
-{{ status 400 }} {{ res.body -m sub "length limit exceeded" }}
-    server front-0 {_unix(paths.front_socket(0, "http"))} check inter 500ms fall 3 rise 1
-
+    timeout check 2s"""
+    backends = [
+        _front("full", "openai", "full", full_rules, full_server),
+        # Its own for the form of its errors.
+        _front(
+            "anthropic",
+            "anthropic",
+            "full",
+            f"{edge_errors.internal('anthropic')}\n{_admission()}",
+            f"{_unix(paths.front_socket(fronts.FULL, 'http'))} track full/front",
+        ),
+        f"""\
 backend router
     server router {_unix(paths.router_socket)}
 
 backend operator
-    server operator {settings.admin_address}
-"""
+    server operator {settings.admin_address}""",
+    ]
+    if settings.vllm_rs is not None:
+        fast_rules = """\
+    option httpchk GET /health
+    timeout check 5s"""
+        socket = _unix(paths.front_socket(fronts.FAST, "http"))
+        server = f"{socket} check inter 500ms fall 3 rise 1"
+        backends.insert(0, _front("fast", "openai", "fast", fast_rules, server))
+    return "\n\n".join(backends)
+
+
+def _front(name: str, form: str, front: str, rules: str, server: str) -> str:
+    failed = "if { status ge 500 } { var(txn.ticket) -m found }"
+    return f"""\
+backend {name}
+{rules}
+    http-reuse always
+    http-response set-header X-Baton-Front {front}
+    http-response wait-for-body time 1s {failed}
+    http-response lua.explain {form} {failed}
+    server front {server}"""
 
 
 def _log_format() -> str:
     fields = {
         "ticket": "%[var(txn.ticket)]",
         "status": "%ST",
+        "front": "%[var(txn.front)]",
         "end": "%ts",
         "request_bytes": "%U",
         "response_bytes": "%B",
@@ -141,66 +221,65 @@ def _log_format() -> str:
     return '"' + "\\t".join(["v1", *(f"{name}={value}" for name, value in fields.items())]) + '"'
 
 
-def _refusals(max_body_bytes: int) -> str:
-    """What the edge answers by itself, in the order of the rules."""
-    listed = "asks_ticket asks_models asks_router asks_operator"
+def _refusals(max_body_bytes: int, clients: int) -> str:
+    """What the edge answers before it reads a body, in the order of the rules."""
+    listed = "asks_openai asks_anthropic asks_models asks_router asks_operator"
     unlisted = " ".join(f"!{name}" for name in listed.split())
     method = "%[method] is not allowed on %[path,json(utf8s)]"
+    post, get = {"Allow": "POST"}, {"Allow": "GET"}
+    not_theirs = "is not the client's to set; leave it out."
     rules = [
-        _refusal(404, "not_found", "There is nothing at %[path,json(utf8s)].", unlisted),
-        _refusal(
-            405, "method_not_allowed", f"{method}; use POST.", "asks_ticket !METH_POST", "POST"
+        refusal(
+            503,
+            "too_many_connections",
+            f"The server has {clients} connections, its limit; try again.",
+            f"!asks_router !asks_operator {{ fe_conn gt {clients} }}",
+            {"Retry-After": "1", "Connection": "close"},
         ),
-        _refusal(405, "method_not_allowed", f"{method}; use GET.", "asks_models !METH_GET", "GET"),
-        _refusal(405, "method_not_allowed", f"{method}; use GET.", "asks_router !METH_GET", "GET"),
-        _refusal(
+        refusal(404, "not_found", "There is nothing at %[path,json(utf8s)].", unlisted),
+        refusal(405, "method_not_allowed", f"{method}; use POST.", "asks_openai !METH_POST", post),
+        refusal(
+            405, "method_not_allowed", f"{method}; use POST.", "asks_anthropic !METH_POST", post
+        ),
+        refusal(405, "method_not_allowed", f"{method}; use GET.", "asks_models !METH_GET", get),
+        refusal(405, "method_not_allowed", f"{method}; use GET.", "asks_router !METH_GET", get),
+        refusal(
             413,
-            _TOO_LARGE,
+            "body_too_large",
             f"The body is larger than {max_body_bytes} bytes.",
             f"{{ req.hdr_val(content-length) gt {max_body_bytes} }}",
+        ),
+        refusal(
+            431,
+            "headers_too_large",
+            f"The headers are larger than {_HEADER_BYTES} bytes.",
+            f"{{ req.hdrs,length gt {_HEADER_BYTES} }}",
+        ),
+        *(
+            refusal(
+                400, "internal_header", f"{name} {not_theirs}", f"{{ req.hdr({name}) -m found }}"
+            )
+            for name in ("X-Vllm-Priority", "X-Data-Parallel-Rank")
         ),
     ]
     return "\n".join(rules)
 
 
-def _refusal(status: int, code: str, message: str, condition: str, allow: str | None = None) -> str:
-    """`message` may hold HAProxy's own %[expressions]."""
-    body = _error("invalid_request_error", message, code)
-    allowed = "" if allow is None else f" hdr Allow {allow}"
-    return (
-        f"    http-request return status {status} content-type application/json "
-        f"lf-string '{body}'{allowed} if {condition}"
-    )
-
-
-def _default_errors() -> str:
-    """HAProxy's own errors; 503 is what a restart looks like, and it is short."""
-    lines = []
-    for status, (kind, message) in _ERRORS.items():
-        retry = " hdr Retry-After 1" if status == 503 else ""
-        body = _error(kind, message, status)
-        lines.append(
-            f"    http-error status {status} content-type application/json string '{body}'{retry}"
-        )
-    return "\n".join(lines)
-
-
-def _error(kind: str, message: str, code: str | int) -> str:
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+def _script(settings: UnitSettings, paths: UnitPaths) -> str:
+    here = Path(__file__)
+    words = [
+        quoted(str(here.with_name("ticket.lua"))),
+        quoted(str(paths.ticket_socket)),
+        quoted(str(here.with_name("request_body.lua"))),
+        str(settings.max_model_len_tokens),
+        str(_SURELY_SEEN_BYTES),
+        "full" if settings.vllm_rs is None else "fast",
+    ]
+    return " ".join(words)
 
 
 def _unix(path: Path) -> str:
-    return f"unix@{_quoted(path)}"
-
-
-def _quoted(path: Path) -> str:
-    """A word of HAProxy's configuration; strong quotes keep all but a quote as it is."""
-    return "'" + str(path).replace("'", "'\\''") + "'"
-
-
-_FRONTS_LIMIT: Final = _error(
-    "invalid_request_error", f"The body is larger than {FRONTS_BODY_BYTES} bytes.", _TOO_LARGE
-)
+    return f"unix@{quoted(str(path))}"
 
 
 def arguments(settings: UnitSettings, paths: UnitPaths) -> Sequence[str]:

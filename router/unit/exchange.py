@@ -53,6 +53,8 @@ class Exchange:
         self._router: RouterLink | None = None
         self._router_worked_s = self._router_came_s = time.monotonic()
         self._ready: bytes | None = None
+        self._given: dict[int, list[bytes]] = {}
+        """Outputs for each front of what was read at once: they go out in one message."""
         self._pulse = Pulse(PING_EVERY_S, ROUTER_HANGS_S)
         reactor.on_readable(listener.fileno(), self._accept)
 
@@ -174,6 +176,9 @@ class Exchange:
                 self._handle(link, message)
         except (OSError, ProtocolError, msgspec.DecodeError) as error:
             self._drop(link, f"{error}")
+        for front, payloads in self._given.items():
+            self._to_front(front, enginecore.relay_outputs(payloads, time.monotonic()))
+        self._given.clear()
 
     def _handle(self, link: RouterLink, message: anchor_link.FromRouter) -> None:
         if isinstance(message, anchor_link.Hello):
@@ -211,7 +216,7 @@ class Exchange:
         given = self._relay.deliver(front, deliveries)
         if given.payloads:
             self._router_worked_s = time.monotonic()
-            self._to_front(front, enginecore.relay_outputs(given.payloads, time.monotonic()))
+            self._given.setdefault(front, []).extend(given.payloads)
         if given.broken:
             _log.error("tokens are missing before those that came for %s", given.broken)
             self._to_router(anchor_link.Abort(front, given.broken))

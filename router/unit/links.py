@@ -18,7 +18,7 @@ from protos import anchor_link
 
 _ENGINE_IDENTITY: Final = (0).to_bytes(2, "little")
 _MESSAGES_A_TURN: Final = 256
-_READ_BYTES: Final = 1024 * 1024
+_READ_BYTES: Final = 256 * 1024
 _MAX_UNREAD_BYTES: Final = anchor_link.MAX_MESSAGE_BYTES
 """A peer that leaves more unread than this, beyond what it was told at its start, is cut off."""
 
@@ -103,6 +103,8 @@ class RouterLink:
         connection.setblocking(False)
         self._connection = connection
         self._splitter = anchor_link.Splitter()
+        # Read into again and again: a new one each time would be mapped and unmapped.
+        self._read = memoryview(bytearray(_READ_BYTES))
         self._waiting: deque[memoryview] = deque()
         self._waiting_bytes = 0
         self._allowed_bytes = _MAX_UNREAD_BYTES
@@ -117,12 +119,12 @@ class RouterLink:
         it sends what is no message.
         """
         try:
-            data = self._connection.recv(_READ_BYTES)
+            size_bytes = self._connection.recv_into(self._read)
         except BlockingIOError:
             return
-        if not data:
+        if not size_bytes:
             raise ConnectionResetError("it closed the connection")
-        for body in self._splitter.feed(data):
+        for body in self._splitter.feed(self._read[:size_bytes]):
             yield anchor_link.from_router_decoder.decode(body)
 
     def greet(self, parts: Iterable[anchor_link.Snapshot]) -> None:

@@ -1,12 +1,22 @@
--- Asks the router for a ticket before a request goes to a front.
+-- Decides at the edge whether a request may go on, and to which front.
 --
--- Boundary: one short connection per request to the ticket socket (the argument of lua-load), one
--- line each way; fields are parted by tabs:
+-- Boundary: HAProxy's actions. What a body asks for, `request_body.lua` reads; whether the request
+-- gets a ticket, the router decides. It is asked on the ticket socket, one line each way, fields
+-- parted by tabs:
 --   v1  METHOD  PATH  name=value ...        (the headers below that are present)
 --   200  TICKET                             or
 --   STATUS  RETRY_AFTER_S or -  MESSAGE
+-- and, when a front failed without telling the client why:
+--   why  TICKET
+--   STATUS  RETRY_AFTER_S or -  MESSAGE     or  -
+--
+-- Arguments of lua-load: the ticket socket's path, request_body.lua's, tokens of a context, bytes of
+-- a body that are surely seen whole, "fast" if there is a fast front.
 
-local ticket_socket = "unix@" .. ...
+local socket_path, body_script, context_tokens, seen_bytes, default_front = ...
+local ticket_socket = "unix@" .. socket_path
+local verdict = dofile(body_script)
+context_tokens, seen_bytes = tonumber(context_tokens), tonumber(seen_bytes)
 
 local FIELDS = {
   "content-length", "authorization", "idempotency-key", "x-baton-priority", "x-baton-deadline-ms",
@@ -15,48 +25,89 @@ local FIELDS = {
 local VALUE_BYTES = 1024
 local PATIENCE_MS = 3000 -- A router that is being restarted is back before.
 local PAUSE_MS = 50
+local IDLE_S = 60        -- How long a connection to the router is kept for the next question.
+local MOST_IDLE = 64     -- A thread keeps no more of them.
+local FULL_RETRY_S = "5"
 
-local TYPES = {
-  [400] = "invalid_request_error", [401] = "authentication_error", [403] = "permission_error",
-  [413] = "invalid_request_error", [429] = "rate_limit_error",
-}
 local REASONS = {
   [400] = "Bad Request", [401] = "Unauthorized", [403] = "Forbidden", [404] = "Not Found",
   [409] = "Conflict", [413] = "Payload Too Large", [422] = "Unprocessable Content",
-  [429] = "Too Many Requests", [500] = "Internal Server Error", [503] = "Service Unavailable",
-  [504] = "Gateway Timeout",
+  [429] = "Too Many Requests", [500] = "Internal Server Error", [502] = "Bad Gateway",
+  [503] = "Service Unavailable", [504] = "Gateway Timeout",
+}
+local TYPES = {
+  [401] = "authentication_error", [403] = "permission_error", [429] = "rate_limit_error",
+}
+local MESSAGES_TYPES = {
+  [404] = "not_found_error", [413] = "request_too_large", [503] = "overloaded_error",
+  [504] = "timeout_error",
 }
 
--- A value as valid UTF-8 without control characters, whatever bytes a client sent.
-local function harmless(value)
-  value = value:gsub("%c", " "):sub(1, VALUE_BYTES)
-  if utf8.len(value) then return value end
-  value = value:gsub("[\128-\255]", function(byte) return string.format("\\x%02x", byte:byte()) end)
-  return value:sub(1, VALUE_BYTES)
+-- Answers
+
+local function json_string(text)
+  return '"' .. text:gsub('[%c"\\\127]', function(character)
+    return string.format("\\u%04x", character:byte())
+  end) .. '"'
 end
 
-local function question(txn)
-  local headers = txn.http:req_get_headers()
-  local parts = { "v1", txn.f:method(), txn.f:path() }
-  for _, name in ipairs(FIELDS) do
-    local values = headers[name]
-    if values then
-      parts[#parts + 1] = name .. "=" .. harmless(values[0])
-    end
+-- In OpenAI's form, or in Anthropic's for its clients. The message is JSON already.
+local function error_body(anthropic, status, message)
+  local kind = TYPES[status]
+  if anthropic then
+    kind = kind or MESSAGES_TYPES[status] or (status < 500 and "invalid_request_error" or "api_error")
+    return string.format('{"type":"error","error":{"type":"%s","message":%s}}', kind, message)
   end
-  return table.concat(parts, "\t") .. "\n"
+  kind = kind or (status < 500 and "invalid_request_error" or "server_error")
+  return string.format(
+    '{"error":{"message":%s,"type":"%s","param":null,"code":%d}}', message, kind, status)
+end
+
+local function answer_with(txn, anthropic, status, retry_after, message)
+  local reply = txn:reply({ status = status, reason = REASONS[status] or "Error" })
+  reply:add_header("Content-Type", "application/json")
+  if retry_after:match("^%d+$") then
+    reply:add_header("Retry-After", retry_after)
+  end
+  reply:set_body(error_body(anthropic, status, message))
+  txn:done(reply)
+end
+
+-- The router
+
+local idle = {}
+
+-- One question on a connection that is kept for the next one. A stream that ends meanwhile takes
+-- its connection with it, so that no other gets its answer.
+local function ask_on(socket, line)
+  local answer = socket:send(line) and socket:receive("*l")
+  if not answer then
+    socket:close()
+    return nil
+  end
+  if #idle < MOST_IDLE then
+    socket:settimeout(IDLE_S)
+    idle[#idle + 1] = socket
+  else
+    socket:close()
+  end
+  return answer
 end
 
 -- The router's answer, or nil if it can't be reached or died before answering.
 local function ask(line)
+  while #idle > 0 do
+    -- It may have been closed by a router that is gone.
+    local answer = ask_on(table.remove(idle), line)
+    if answer then return answer end
+  end
   local socket = core.tcp()
   socket:settimeout(PATIENCE_MS / 1000)
-  local answer = nil
-  if socket:connect(ticket_socket) and socket:send(line) then
-    answer = socket:receive("*l")
+  if not socket:connect(ticket_socket) then
+    socket:close()
+    return nil
   end
-  socket:close()
-  return answer
+  return ask_on(socket, line)
 end
 
 local function ask_patiently(line)
@@ -71,38 +122,90 @@ local function ask_patiently(line)
   end
 end
 
-local function json_string(text)
-  return '"' .. text:gsub('[%c"\\\127]', function(character)
-    return string.format("\\u%04x", character:byte())
-  end) .. '"'
+-- A value as valid UTF-8 without control characters, whatever bytes a client sent.
+local function harmless(value)
+  value = value:gsub("%c", " "):sub(1, VALUE_BYTES)
+  if utf8.len(value) then return value end
+  value = value:gsub("[\128-\255]", function(byte) return string.format("\\x%02x", byte:byte()) end)
+  return value:sub(1, VALUE_BYTES)
 end
 
-local function refuse(txn, status, retry_after, message)
-  local reply = txn:reply({ status = status, reason = REASONS[status] or "Error" })
-  reply:add_header("Content-Type", "application/json")
-  if retry_after:match("^%d+$") then
-    reply:add_header("Retry-After", retry_after)
+local function question(path, headers)
+  local parts = { "v1", "POST", path }
+  for _, name in ipairs(FIELDS) do
+    local values = headers[name]
+    if values then
+      parts[#parts + 1] = name .. "=" .. harmless(values[0])
+    end
   end
-  local kind = TYPES[status] or (status < 500 and "invalid_request_error" or "server_error")
-  reply:set_body(string.format(
-    '{"error":{"message":%s,"type":"%s","param":null,"code":%d}}',
-    json_string(message), kind, status))
-  txn:done(reply)
+  return table.concat(parts, "\t") .. "\n"
 end
 
-core.register_action("ticket", { "http-req" }, function(txn)
-  local answer = ask_patiently(question(txn))
-  if not answer then
-    return refuse(txn, 503, "1", "The router can't be reached; try again.")
+-- Actions
+
+-- Whether a body of which so much is seen is all there; nil if its client has left before its end.
+local function is_complete(text, headers)
+  local length = headers["content-length"]
+  if not length then return #text < seen_bytes end
+  if #text >= tonumber(length[0]) then return true end
+  if #text < seen_bytes then return nil end
+  return false
+end
+
+local function is_anthropic(path)
+  return path:sub(1, 12) == "/v1/messages"
+end
+
+-- The answer if it is a refusal: status, Retry-After or "-", message.
+local function refusal(answer)
+  local status, retry_after, message = answer:match("^([45]%d%d)\t([^\t]*)\t(.*)$")
+  return tonumber(status), retry_after, message
+end
+
+-- Choose the front (txn.front), and get a ticket (txn.ticket) or answer.
+core.register_action("admit", { "http-req" }, function(txn)
+  local path, headers = txn.f:path(), txn.http:req_get_headers()
+  local text = txn.f:req_body() or ""
+  local function refuse(status, retry_after, message)
+    answer_with(txn, is_anthropic(path), status, retry_after, json_string(message))
   end
-  local status, rest = answer:match("^(%d%d%d)\t(.*)$")
-  if status == "200" and rest:match("^[%w_.-]+$") then
-    txn:set_var("txn.ticket", rest)
-    return
+  local complete = is_complete(text, headers)
+  if complete == nil then return refuse(400, "-", "The body ended before its length.") end
+  local front, message = verdict(path, text, complete, context_tokens)
+  if message then return refuse(400, "-", message) end
+  if default_front == "full" then front = "full" end
+  if front == "full" and txn.f:nbsrv("full") == 0 then
+    message = "The process that serves this request is starting; try again."
+    return refuse(503, FULL_RETRY_S, message)
   end
-  local retry_after, message = (rest or ""):match("^([^\t]*)\t(.*)$")
-  if not message or tonumber(status) < 400 then
-    return refuse(txn, 500, "-", "The router's answer can't be read.")
+  local answer = ask_patiently(question(path, headers))
+  if not answer then return refuse(503, "1", "The router can't be reached; try again.") end
+  local ticket = answer:match("^200\t([%w_.-]+)$")
+  if ticket then
+    txn:set_var("txn.front", front)
+    return txn:set_var("txn.ticket", ticket)
   end
-  refuse(txn, tonumber(status), retry_after, message)
+  local status, retry_after, reason = refusal(answer)
+  if not status then return refuse(500, "-", "The router's answer can't be read.") end
+  refuse(status, retry_after, reason)
 end)
+
+-- What the fast front answers with status 500 before it has asked an engine.
+local CLIENTS_FAULT = {
+  '"message":("failed to submit chat request: chat template error: .-[^\\]")',
+  '"message":("failed to submit chat request: tool parsing is disabled .-[^\\]")',
+}
+
+-- A front's 5xx: say whose fault it was and what the router knows of it. The argument is the form
+-- of errors, "openai" or "anthropic".
+core.register_action("explain", { "http-res" }, function(txn, form)
+  local anthropic = form == "anthropic"
+  local text = txn.f:res_body() or ""
+  for _, pattern in ipairs(CLIENTS_FAULT) do
+    local message = text:match(pattern)
+    if message then return answer_with(txn, anthropic, 400, "-", message) end
+  end
+  local answer = ask_patiently("why\t" .. txn:get_var("txn.ticket") .. "\n")
+  local status, retry_after, message = refusal(answer or "-")
+  if status then answer_with(txn, anthropic, status, retry_after, json_string(message)) end
+end, 1)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.ports import check_port, url
+from cluster.ports import check_port, target, url
 from cluster.status import explain, show_status
 from protos.errors import BatonError, ConfigError
 
@@ -157,9 +157,31 @@ def test_an_address_of_another_machine() -> None:
         check_port("192.0.2.77", 8000)
 
 
+def test_a_port_is_named_by_its_own_flag() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} .* \(--grpc-port {port + 1000}\)"):
+            check_port("127.0.0.1", port, "grpc", "--grpc-port")
+    with pytest.raises(ConfigError, match=r"^grpc.host 192.0.2.77 is no address"):
+        check_port("192.0.2.77", 8001, "grpc", "--grpc-port")
+
+
+def test_a_grpc_port_that_is_taken_is_told_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        taken = str(holder.getsockname()[1])
+        result = baton(
+            "serve", "--engine", "simulated", "--port", str(free_port()), "--grpc-port", taken
+        )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"baton serve: port {taken} on 127.0.0.1 is taken by")
+    assert "--grpc-port" in line
+
+
 def test_urls() -> None:
     assert url("0.0.0.0", 80) == "http://127.0.0.1:80"
     assert url("::1", 80) == "http://[::1]:80"
+    assert target("::", 80) == "127.0.0.1:80"
 
 
 def test_status_shows_pools_and_workers(operator: int) -> None:

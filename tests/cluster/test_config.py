@@ -32,6 +32,7 @@ def problem(tmp_path: Path, text: str, environment: dict[str, str] | None = None
 def test_everything_has_a_default() -> None:
     found = config.load(None, {}, {})
     assert (found.http.host, found.http.port, found.engine) == ("127.0.0.1", 8000, "vllm")
+    assert (found.grpc.host, found.grpc.port) == ("127.0.0.1", 8001)
     assert (found.prefill.replicas, found.decode.replicas) == (1, 1)
 
 
@@ -74,12 +75,19 @@ def test_a_pools_arguments_go_before_the_common_ones(tmp_path: Path) -> None:
         ("engine: vlm", "engine must be 'vllm' or 'simulated', not 'vlm'."),
         ("decode: {replicas: 0}", "decode.replicas must be greater than or equal to 1, not 0."),
         ("model: {path: ''}", "model.path must have at least 1 character, not ''."),
+        ("grpc: {port: 0}", "grpc.port must be greater than or equal to 1, not 0."),
         ("http: 3", "http must be keys and values, not 3."),
         ("decode: {replicas: true}", "decode.replicas must be a whole number, not True."),
     ],
 )
 def test_problems_name_the_key_and_what_is_right(tmp_path: Path, text: str, message: str) -> None:
     assert problem(tmp_path, text) == message
+
+
+def test_http_and_grpc_need_ports_of_their_own(tmp_path: Path) -> None:
+    message = problem(tmp_path, "http: {port: 8001}")
+    assert message == "http.port and grpc.port are both 8001: change one."
+    assert load(tmp_path, "http: {port: 8001}\ngrpc: {port: null}").grpc.port is None
 
 
 def test_each_problem_has_a_line(tmp_path: Path) -> None:

@@ -43,7 +43,11 @@ class Serving:
                 cwd=_ROOT,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "BATON_RUN_DIRECTORY": str(directory)},
+                env={
+                    **os.environ,
+                    "BATON_RUN_DIRECTORY": str(directory),
+                    "BATON_GRPC__PORT": "null",
+                },
             )  # fmt: skip
 
     def get(self, path: str) -> Any:

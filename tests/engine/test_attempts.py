@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.attempts import Attempts
+from engine.outputs import Output
 from protos import enginecore, worker_pb2
 from protos.enginecore import EngineOutput, EngineRequest, PrefillStats
 
@@ -66,7 +68,7 @@ def test_a_handed_off_output_goes_on_for_the_front_and_carries_the_manifest() ->
     assert request is not None
     assert request.sampling_params is not None
     assert (request.sampling_params["max_tokens"], request.sampling_params["min_tokens"]) == (1, 1)
-    recorded = attempts.record(
+    attempt = attempts.record(
         EngineOutput(
             request.request_id,
             [7],
@@ -75,11 +77,12 @@ def test_a_handed_off_output_goes_on_for_the_front_and_carries_the_manifest() ->
             prefill_stats=PrefillStats(10, 10),
         )
     )
-    assert recorded is not None
-    attempt, message = recorded
+    assert attempt is not None
     assert attempt.ended
+    (message,) = attempt.take_unsent()
     assert message.finish == worker_pb2.NOT_FINISHED
     assert message.manifest == enginecore.encode_manifest({"remote_block_ids": [[1]]})
+    assert message.prompt_use is not None
     assert message.prompt_use.computed_tokens == 10
     front = enginecore.decode_output(message.payload)
     assert (front.request_id, front.finish_reason, front.kv_transfer_params) == ("a", None, None)
@@ -100,7 +103,7 @@ def test_a_request_that_ends_with_its_first_token_is_not_handed_off(
         EngineOutput(request.request_id, [7], finish_reason=enginecore.FINISH_LENGTH)
     )
     assert recorded is not None
-    assert recorded[1].finish == worker_pb2.LENGTH
+    assert recorded.outputs[0].finish == worker_pb2.LENGTH
 
 
 def test_a_stop_at_the_first_token_of_a_hand_off_ends_the_request() -> None:
@@ -111,7 +114,8 @@ def test_a_stop_at_the_first_token_of_a_hand_off_ends_the_request() -> None:
         EngineOutput(request.request_id, [7], finish_reason=enginecore.FINISH_STOP, stop_reason=7)
     )
     assert recorded is not None
-    assert (recorded[1].finish, recorded[1].manifest) == (worker_pb2.STOP, b"")
+    (message,) = recorded.outputs
+    assert (message.finish, message.manifest) == (worker_pb2.STOP, b"")
 
 
 def test_resumed_output_starts_where_it_was_left_and_repeats_no_prompt_figures() -> None:
@@ -127,8 +131,9 @@ def test_resumed_output_starts_where_it_was_left_and_repeats_no_prompt_figures()
         EngineOutput(request.request_id, [7], prefill_stats=PrefillStats(10, 0))
     )
     assert recorded is not None
-    assert recorded[1].first_position == 2
-    assert enginecore.decode_output(recorded[1].payload).prefill_stats is None
+    (message,) = recorded.outputs
+    assert message.first_position == 2
+    assert enginecore.decode_output(message.payload).prefill_stats is None
 
 
 def test_an_aborted_attempt_is_held_as_such_until_it_is_forgotten() -> None:
@@ -169,38 +174,49 @@ def test_a_request_that_cannot_be_read_raises_and_leaves_nothing() -> None:
     assert len(attempts) == 0
 
 
-@given(
-    steps=st.lists(st.integers(1, 3), min_size=1, max_size=12),
-    breaks=st.lists(st.integers(0, 12), max_size=4),
+TURNS = st.lists(
+    st.one_of(
+        st.tuples(st.just("step"), st.integers(1, 3)),
+        st.tuples(st.just("read"), st.integers(1, 5)),
+        st.tuples(st.just("lose"), st.integers(0, 5)),
+        st.tuples(st.just("ask"), st.just(0)),
+    ),
+    max_size=40,
 )
+
+
+@given(TURNS)
 def test_whoever_attaches_can_always_get_every_token_once_in_order(
-    steps: list[int], breaks: list[int]
+    turns: list[tuple[str, int]],
 ) -> None:
-    """A router that breaks off anywhere and asks from what it has ends with the whole output."""
+    """A router that reads as it likes, breaks off anywhere, with outputs sent that it never got,
+    and asks from what it has, ends with the whole output."""
     attempts = Attempts(MAX_MODEL_LEN_TOKENS)
     request, _ = attempts.submit("r", submit(1))
     assert request is not None
+    attempt = attempts.find("r", "0:a", 1)
+    assert attempt is not None
     got: list[int] = []
-    token = 0
-    for index, size in enumerate(steps):
-        tokens = list(range(token, token + size))
-        token += size
-        recorded = attempts.record(EngineOutput(request.request_id, tokens))
-        assert recorded is not None
-        attempt, message = recorded
-        if attempt.live:
-            got += message.token_ids
-        if index in breaks:
+    made, held_back = 0, False
+    for turn, count in [*turns, ("step", 1), ("lose", 0), ("ask", 0), ("read", 1000)]:
+        if turn == "step":
+            tokens = list(range(made, made + count))
+            assert attempts.record(EngineOutput(request.request_id, tokens)) is attempt
+            made += count
+            assert attempt.has_unsent is not held_back
+        elif turn == "lose":
+            list(islice(attempt.take_unsent(), count))
             (held,) = attempts.hold_back("r")
-            assert held.next_position == token
-        elif not attempt.live:
-            for output in attempts.resend(attempt, len(got)):
+            assert held.next_position == made
+            held_back = True
+        elif turn == "ask":
+            attempts.resend(attempt, len(got))
+            held_back = False
+        else:
+            for output in islice(attempt.take_unsent(), count):
                 got += list(output.token_ids)[len(got) - output.first_position :]
-    found = attempts.find("r", "0:a", 1)
-    assert found is not None
-    for output in attempts.resend(found, len(got)):
-        got += list(output.token_ids)[len(got) - output.first_position :]
-    assert got == list(range(token))
+    assert got == list(range(made))
+    assert not attempt.has_unsent
 
 
 def test_token_ids_that_the_model_does_not_have_are_refused() -> None:
@@ -233,3 +249,68 @@ def test_sampling_parameters_that_would_end_the_engine_are_refused(
     with pytest.raises(ValueError, match="sampling parameters are wrong"):
         attempts.submit("r", submit(1, hand_off=True, **sampling))
     assert len(attempts) == 0
+
+
+def made_of(attempts: Attempts, *made: EngineOutput) -> list[Output]:
+    """What goes out at once of all that was recorded."""
+    request, _ = attempts.submit("r", submit(1))
+    assert request is not None
+    for output in made:
+        output.request_id = request.request_id
+        attempt = attempts.record(output)
+    assert attempt is not None
+    return list(attempt.take_unsent())
+
+
+def test_tokens_that_wait_together_go_out_as_one_output() -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    (output,) = made_of(
+        attempts,
+        EngineOutput("", [5]),
+        EngineOutput("", [6, 7]),
+        EngineOutput("", [8], finish_reason=enginecore.FINISH_STOP, stop_reason=8),
+    )
+    assert (output.first_position, output.token_ids) == (0, [5, 6, 7, 8])
+    assert output.finish == worker_pb2.STOP
+    front = enginecore.decode_output(output.payload)
+    assert (front.request_id, front.new_token_ids) == ("a", [5, 6, 7, 8])
+    assert (front.finish_reason, front.stop_reason) == (enginecore.FINISH_STOP, 8)
+
+
+def test_the_first_outputs_prompt_figures_survive_a_merge() -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    (output,) = made_of(
+        attempts,
+        EngineOutput("", [5], prefill_stats=PrefillStats(10, 10)),
+        EngineOutput("", [6]),
+    )
+    assert output.prompt_use is not None
+    assert output.prompt_use.prompt_tokens == 10
+    stats = enginecore.decode_output(output.payload).prefill_stats
+    assert stats is not None
+    assert stats.num_prompt_tokens == 10
+
+
+def test_outputs_with_logprobs_go_out_one_by_one() -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    logprobs = msgspec.Raw(msgspec.msgpack.encode([1, 2]))
+    outputs = made_of(
+        attempts,
+        EngineOutput("", [5]),
+        EngineOutput("", [6], new_logprobs=logprobs),
+        EngineOutput("", [7], new_logprobs=logprobs),
+        EngineOutput("", [8]),
+        EngineOutput("", [9]),
+    )
+    assert [output.token_ids for output in outputs] == [[5], [6], [7], [8, 9]]
+
+
+def test_what_was_sent_merged_is_sent_again_from_any_position() -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    made_of(attempts, *(EngineOutput("", [token]) for token in range(6)))
+    attempt = attempts.find("r", "0:a", 1)
+    assert attempt is not None
+    attempts.hold_back("r")
+    attempts.resend(attempt, 3)
+    (again,) = attempt.take_unsent()
+    assert (again.first_position, again.token_ids) == (3, [3, 4, 5])

@@ -17,6 +17,8 @@ from engine.spec import SimulatedTiming, WorkerSpec
 from protos import enginecore, worker_pb2, worker_pb2_grpc
 from protos.enginecore import EngineRequest
 from protos.ids import WorkerId
+from router.core.events import OutputReport
+from router.worker_messages import outputs_of
 
 TOKEN = "the cluster's token"
 
@@ -49,9 +51,9 @@ class Router:
         while (message := await self._stream.read()) is not grpc.aio.EOF:
             yield message
 
-    async def outputs(self) -> AsyncIterator[worker_pb2.Output]:
+    async def outputs(self) -> AsyncIterator[OutputReport]:
         async for message in self.messages():
-            for output in message.step.outputs:
+            for output in outputs_of(message.step):
                 yield output
 
     async def tokens_to_end(self) -> list[int]:
@@ -110,8 +112,8 @@ async def test_a_request_from_submit_to_end_with_load_in_every_step(address: str
     async for message in router.messages():
         if message.HasField("step"):
             assert message.step.load.kv_blocks_total > 0
-            tokens += sum(len(output.token_ids) for output in message.step.outputs)
-        if any(output.finish == worker_pb2.LENGTH for output in message.step.outputs):
+            tokens += sum(len(output.token_ids) for output in outputs_of(message.step))
+        if any(output.finish == worker_pb2.LENGTH for output in outputs_of(message.step)):
             break
     assert tokens == 8
     await router.close()

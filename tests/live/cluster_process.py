@@ -41,6 +41,7 @@ class BatonServe:
 
     process: subprocess.Popen[bytes]
     port: int
+    grpc_port: int
     log_path: Path
 
     @classmethod
@@ -48,6 +49,7 @@ class BatonServe:
         """Start it; `until_healthy` waits."""
         directory = Path(tempfile.mkdtemp(prefix="baton-live-"))
         port = config.setdefault("http", {}).setdefault("port", free_port())
+        grpc_port = config.setdefault("grpc", {}).setdefault("port", free_port())
         config_path = directory / "baton.yaml"
         config_path.write_text(yaml.safe_dump(config))
         log_path = directory / "serve.log"
@@ -60,7 +62,7 @@ class BatonServe:
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
             )
-        return cls(process, port, log_path)
+        return cls(process, port, grpc_port, log_path)
 
     @property
     def url(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import time
@@ -28,6 +29,8 @@ class Stream:
     max_tokens: int
     request_id: str = ""
     texts: list[str] = field(default_factory=list)
+    arrived_s: list[float] = field(default_factory=list)
+    """When each text came, by `time.monotonic`."""
     finish_reason: str | None = None
     error: dict[str, Any] | None = None
     done: bool = False
@@ -55,6 +58,11 @@ class Stream:
             "stream": True,
         }
 
+    @property
+    def longest_gap_s(self) -> float:
+        """Between two events of it."""
+        return max((b - a for a, b in itertools.pairwise(self.arrived_s)), default=0.0)
+
     async def run(self, client: httpx.AsyncClient) -> Stream:
         """Read it to its end."""
         async with (
@@ -81,6 +89,7 @@ class Stream:
             return
         (choice,) = event["choices"]
         self.texts.append(choice["text"])
+        self.arrived_s.append(time.monotonic())
         self.finish_reason = self.finish_reason or choice.get("finish_reason")
 
 

@@ -433,7 +433,9 @@ def test_each_router_tells_its_processes(cluster: BatonServe) -> None:
     assert router["state"] == "running"
     assert "router.process" in psutil.Process(router["pid"]).cmdline()
     assert "haproxy" in psutil.Process(router["edge"]).name()
-    assert [psutil.Process(pid).name() for pid in router["fronts"]] == ["vllm-rs"]
+    fast, full = (psutil.Process(pid) for pid in router["fronts"])
+    assert fast.name() == "vllm-rs"
+    assert "router.unit.full_front" in full.cmdline()
 
 
 def test_metrics_have_vllms_names_labelled_by_worker(cluster: BatonServe, client: OpenAI) -> None:

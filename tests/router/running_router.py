@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
@@ -146,12 +147,12 @@ class Unit:
         self._asked = 0
         self.router: subprocess.Popen[bytes] | None = None
 
-    async def start(self, *workers: str) -> None:
+    async def start(self, *workers: str, step_s: float = STEP_S) -> None:
         """Workers named p... and d..., and a router that sees them."""
         await self.anchor.listen()
         self.start_router()
         for worker in workers:
-            self.start_worker(worker)
+            self.start_worker(worker, step_s)
         self.tell_members()
         await until(lambda: self.anchor.ready)
         await self.healthy()
@@ -174,6 +175,13 @@ class Unit:
         self._members[name] = membership.Member(
             name, int(incarnation), role, f"127.0.0.1:{port}", "here", process.pid
         )
+
+    def move_worker(self, name: str, port: int) -> int:
+        """Let routers reach it through this port; returns its own."""
+        member = self._members[name]
+        host, _, own = member.address.rpartition(":")
+        self._members[name] = msgspec.structs.replace(member, address=f"{host}:{port}")
+        return int(own)
 
     def tell_members(self) -> None:
         told = membership.Membership(time.time_ns(), list(self._members.values()))

@@ -55,10 +55,10 @@ async def test_a_record_tells_what_happened(unit: Unit) -> None:
     ticket = (await ask_ticket(unit, "v1\tPOST\t/v1/completions\tcontent-length=9\n")).split()[1]
     request = unit.request(40, ticket, max_tokens=3)
     await unit.anchor.ask(request).whole()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as log:
         log.connect(str(unit.paths.edge_log_socket))
-        log.send(f"v1\tticket={ticket}\tstatus=200\tend=--\trequest_bytes=9".encode())
-        log.send(b"nothing that could be read")
+        log.send(f"v1\tticket={ticket}\tstatus=200\tend=--\trequest_".encode())
+        log.send(b"bytes=9\nnothing that could be read\n")
     await asyncio.sleep(0.05)
     for name in (ticket, f"cmpl-{ticket}", f"chatcmpl-{ticket}-0"):
         status, told = await unit.get(f"/requests/{name}")

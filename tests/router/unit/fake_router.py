@@ -1,23 +1,29 @@
 """Stands in for the router process and its engines: `python fake_router.py UNIT_DIR`.
 
 Its output for a prompt is the prompt's own tokens, again and again. Taking over from a
-predecessor it sends again from some tokens before what a front was given.
+predecessor it sends again from some tokens before what a front was given. While there is a file
+`held` in UNIT_DIR it begins with none, while there is `failing` each ends with an error, and while
+there is `unhealthy` it says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from protos import anchor_link, enginecore
+from router.anchor_client import UTILITY_ANSWERS
+from router.core import admission
 from router.settings import UnitPaths
 
 PACE_S = float(os.environ.get("FAKE_PACE_S", "0"))
 SENT_AGAIN_TOKENS = 5
+FAIL_AFTER_TOKENS = 3
 CONTEXT_TOKENS = 512
 READY = enginecore.encode(
     enginecore.ReadyResponse(
@@ -53,7 +59,8 @@ class FakeRouter:
             path.unlink(missing_ok=True)
         await asyncio.start_unix_server(self.give_ticket, self.paths.ticket_socket)
         await asyncio.start_unix_server(self.answer_http, self.paths.router_socket)
-        self.collect_edge_log()
+        self.paths.edge_log_socket.unlink(missing_ok=True)
+        await asyncio.start_unix_server(self.collect_edge_log, self.paths.edge_log_socket)
         reader, self.writer = await asyncio.open_unix_connection(self.paths.anchor_socket)
         self.send(anchor_link.Hello(time.monotonic_ns(), os.getpid()))
         self.send(anchor_link.Ready(READY))
@@ -84,13 +91,14 @@ class FakeRouter:
                     self.tasks.pop(request_id).cancel()
             case anchor_link.Utility():
                 call = enginecore.decode_utility(message.payload)
-                reply = enginecore.utility_reply(call.call_id, None, "unknown")
+                reply = enginecore.utility_reply(call.call_id, UTILITY_ANSWERS.get(call.method))
                 self.send(anchor_link.UtilityReply(message.front, reply))
             case anchor_link.FrontGone():
                 self.note("fronts-gone", str(message.front))
 
     def generate(self, front: int, payload: bytes, start: int) -> None:
         request = enginecore.decode_request(payload)
+        self.note("requests", json.dumps(noteworthy(request)))
         self.tasks[request.request_id] = asyncio.create_task(self.stream(front, request, start))
 
     async def stream(self, front: int, request: enginecore.EngineRequest, start: int) -> None:
@@ -98,8 +106,13 @@ class FakeRouter:
         assert request.prompt_token_ids is not None
         prompt = request.prompt_token_ids
         length = request.sampling_params["max_tokens"]
+        while (self.paths.directory / "held").exists():  # noqa: ASYNC110 -- another process makes it
+            await asyncio.sleep(0.01)
+        failing = (self.paths.directory / "failing").exists()
+        if failing:
+            length = min(length, FAIL_AFTER_TOKENS)
         for position in range(start, length):
-            last = position == length - 1
+            last = position == length - 1 and not failing
             output = enginecore.EngineOutput(
                 request.request_id,
                 [prompt[position % len(prompt)]],
@@ -111,6 +124,10 @@ class FakeRouter:
             self.send(anchor_link.Deliver(front, [delivery]))
             if PACE_S:
                 await asyncio.sleep(PACE_S)
+        if failing:
+            payload = enginecore.error_output(request.request_id)
+            delivery = anchor_link.Delivery(request.request_id, length, 0, True, payload)
+            self.send(anchor_link.Deliver(front, [delivery]))
 
     async def give_ticket(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         line = (await reader.readline()).decode()
@@ -125,25 +142,47 @@ class FakeRouter:
         writer.close()
 
     async def answer_http(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nfine")
+        request = await reader.readuntil(b"\r\n\r\n")
+        unhealthy = b"/health" in request and (self.paths.directory / "unhealthy").exists()
+        status = b"503 Service Unavailable" if unhealthy else b"200 OK"
+        writer.write(
+            b"HTTP/1.1 " + status + b"\r\nContent-Length: 4\r\nConnection: close\r\n\r\nfine"
+        )
         await writer.drain()
         writer.close()
 
-    def collect_edge_log(self) -> None:
-        self.paths.edge_log_socket.unlink(missing_ok=True)
-        log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        log.bind(str(self.paths.edge_log_socket))
-        log.setblocking(False)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(log, lambda: self.note("edge-log", log.recv(4096).decode().rstrip()))
+    async def collect_edge_log(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        while line := await reader.readline():
+            self.note("edge-log", line.decode().rstrip())
+        writer.close()
 
     def note(self, kind: str, line: str) -> None:
         with (self.paths.directory / f"noted-{kind}").open("a") as file:
             file.write(line + "\n")
 
 
+def noteworthy(request: enginecore.EngineRequest) -> dict[str, Any]:
+    """What a test may ask of a request: its ids, and what is left of what its client set."""
+    ids = [request.external_req_id, request.request_id, request.session_id]
+    before = internals(request)
+    admission.take_over(request)
+    return {"ids": ids, "before": before, "after": internals(request)}
+
+
+def internals(request: enginecore.EngineRequest) -> dict[str, Any]:
+    extra_args = (request.sampling_params or {}).get("extra_args")
+    return {
+        "priority": request.priority,
+        "data_parallel_rank": request.data_parallel_rank,
+        "extra_args": extra_args,
+    }
+
+
 if __name__ == "__main__":
+    if sys.argv[2:] == ["--standby"] and not os.read(0, 1):
+        sys.exit()
     if (Path(sys.argv[1]) / "forbidden").exists():
         sys.exit("forbidden by the test")
     asyncio.run(FakeRouter(UnitPaths(Path(sys.argv[1]))).run())

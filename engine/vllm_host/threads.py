@@ -1,0 +1,59 @@
+"""What Linux tells of the engine's processes: is one stopped, how much did each thread compute."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from kvstore.pollers import POLLER_NAME
+
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process; one that is gone is not."""
+    with contextlib.suppress(OSError):
+        return _fields(Path(f"/proc/{pid}/stat"))[1][0] == "T"
+    return False
+
+
+def cpu_times_s(pid: int) -> dict[str, float]:
+    """CPU seconds by thread, of the process and all its descendants, pollers left out.
+
+    What children used that have ended counts for one more thread of their parent.
+    """
+    times: dict[str, float] = {}
+    for process in _with_descendants(pid):
+        with contextlib.suppress(OSError):  # It has just ended.
+            used = _fields(Path(f"/proc/{process}/stat"))[1]
+            times[f"{process} children"] = (int(used[13]) + int(used[14])) / _TICKS_PER_S
+        for task in _tasks(process):
+            with contextlib.suppress(OSError):
+                name, used = _fields(task / "stat")
+                if name != POLLER_NAME:
+                    times[task.name] = (int(used[11]) + int(used[12])) / _TICKS_PER_S
+    return times
+
+
+def _with_descendants(pid: int) -> Iterator[int]:
+    yield pid
+    for task in _tasks(pid):
+        with contextlib.suppress(OSError):
+            for child in (task / "children").read_text().split():
+                yield from _with_descendants(int(child))
+
+
+def _tasks(pid: int) -> list[Path]:
+    try:
+        return list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return []
+
+
+def _fields(stat: Path) -> tuple[str, list[str]]:
+    """A thread's or process's name, and what follows it: state, parent, ... (proc(5), from 3)."""
+    head, _, rest = stat.read_text().rpartition(")")
+    return head.partition("(")[2], rest.split()

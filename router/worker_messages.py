@@ -1,0 +1,105 @@
+"""The words between router and workers: protobuf made of commands, and events of protobuf."""
+
+from __future__ import annotations
+
+from engine.base import EngineLoad
+from protos import worker_pb2
+from protos.enginecore import ENGINE_TAG
+from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
+from router.core.events import (
+    AbortOn,
+    Forget,
+    HeldAttempt,
+    OutputReport,
+    PromptUse,
+    Resend,
+    Role,
+    StepReported,
+    Submit,
+    WorkerUp,
+)
+
+ToWorker = Submit | AbortOn | Forget | Resend
+
+
+def command_of(command: ToWorker) -> worker_pb2.Command:
+    """A command to a worker, as it is sent."""
+    key, attempt = command.key, command.attempt
+    if isinstance(command, Submit):
+        submit = worker_pb2.Submit(
+            request_key=key, attempt=attempt, engine_tag=ENGINE_TAG,
+            engine_request=command.engine_request, output_token_ids=command.output_token_ids,
+            manifest=command.manifest, hand_off=command.hand_off,
+        )  # fmt: skip
+        return worker_pb2.Command(submit=submit)
+    if isinstance(command, AbortOn):
+        return worker_pb2.Command(abort=worker_pb2.Abort(request_key=key, attempt=attempt))
+    if isinstance(command, Forget):
+        return worker_pb2.Command(forget=worker_pb2.Forget(request_key=key, attempt=attempt))
+    resend = worker_pb2.Resend(
+        request_key=key, attempt=attempt, from_position=command.from_position
+    )
+    return worker_pb2.Command(resend=resend)
+
+
+def worker_up(welcome: worker_pb2.Welcome) -> WorkerUp:
+    """A worker's greeting, with what it holds of this router's requests."""
+    held = tuple(
+        HeldAttempt(
+            RequestKey(each.request_key), Attempt(each.attempt),
+            each.first_position, each.next_position, each.ended, each.aborted,
+        )
+        for each in welcome.held
+    )  # fmt: skip
+    return WorkerUp(
+        WorkerId(welcome.worker_id), Incarnation(welcome.worker_incarnation), Role(welcome.role),
+        welcome.engine_tag, welcome.block_size_tokens, welcome.kv_blocks_total,
+        welcome.max_model_len_tokens, held,
+    )  # fmt: skip
+
+
+def step_reported(
+    worker: WorkerId, incarnation: Incarnation, step: worker_pb2.Step
+) -> StepReported:
+    """What an engine's step made, and the load after it."""
+    load = step.load
+    return StepReported(
+        worker,
+        incarnation,
+        outputs_of(step),
+        EngineLoad(
+            load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.step_time_s
+        ),
+    )
+
+
+def outputs_of(step: worker_pb2.Step) -> list[OutputReport]:
+    """The outputs in a step's columns."""
+    token_ids, at = list(step.token_ids), 0
+    outputs = []
+    columns = zip(
+        step.request_keys, step.attempts, step.first_positions, step.token_counts, step.payloads,
+        strict=True,
+    )  # fmt: skip
+    for key, attempt, first_position, count, payload in columns:
+        new = token_ids[at : at + count]
+        at += count
+        outputs.append(
+            OutputReport(RequestKey(key), Attempt(attempt), first_position, new, payload)
+        )
+    for detail in step.details:
+        outputs[detail.output] = _with_detail(outputs[detail.output], detail)
+    return outputs
+
+
+def _with_detail(output: OutputReport, detail: worker_pb2.Detail) -> OutputReport:
+    use = None
+    if detail.HasField("prompt_use"):
+        told = detail.prompt_use
+        use = PromptUse(
+            told.prompt_tokens, told.computed_tokens, told.cached_tokens, told.transferred_tokens
+        )
+    return OutputReport(
+        output.key, output.attempt, output.first_position, output.token_ids, output.payload,
+        detail.finish, detail.manifest, detail.error, use,
+    )  # fmt: skip

@@ -1,0 +1,97 @@
+"""The router process dies again and again under streams: none loses, doubles or waits for long."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import statistics
+import time
+
+import pytest
+
+from tests.live.cluster_process import BatonServe
+from tests.live.streams import Stream, api_client, random_prompt, until
+
+STREAMS = 16
+PROMPTS = 12
+MAX_TOKENS = 160
+BETWEEN_KILLS_S = (0.3, 1.5)
+GAP_P50_S = 0.3
+GAP_P99_S = 2.0
+
+
+async def router_pid(cluster: BatonServe) -> int | None:
+    """None while there is none."""
+    (unit,) = (await asyncio.to_thread(cluster.get, "/cluster/routers"))["routers"]
+    pid: int | None = unit["pid"]
+    return pid
+
+
+async def kill_again_and_again(cluster: BatonServe, kills: int, seed: int) -> list[float]:
+    """Returns the times of the kills."""
+    chance = random.Random(seed)
+    times_s: list[float] = []
+    killed: int | None = None
+    while len(times_s) < kills:
+        await asyncio.sleep(chance.uniform(*BETWEEN_KILLS_S))
+        pid = await router_pid(cluster)
+        if pid is None or pid == killed:
+            continue
+        os.kill(pid, signal.SIGKILL)
+        times_s.append(time.monotonic())
+        killed = pid
+    return times_s
+
+
+def percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+async def test_streams_outlive_the_router(cluster: BatonServe, kills: int) -> None:
+    chance = random.Random(kills)
+    prompts = [random_prompt(chance, chance.randrange(5, 400)) for _ in range(PROMPTS)]
+    restarts_before = [worker["restarts"] for worker in cluster.workers()]
+    ended: list[Stream] = []
+    async with api_client(cluster) as http:
+        expected = [(await Stream(prompt, MAX_TOKENS).run(http)).text for prompt in prompts]
+        over = asyncio.Event()
+
+        async def ask_on_and_on(first: int) -> None:
+            number = first
+            while not over.is_set():
+                stream = Stream(prompts[number % PROMPTS], MAX_TOKENS)
+                ended.append(await stream.run(http))
+                number += 1
+
+        clients = [asyncio.create_task(ask_on_and_on(number)) for number in range(STREAMS)]
+        times_s = await kill_again_and_again(cluster, kills, seed=kills)
+        over.set()
+        await asyncio.gather(*clients)
+
+    assert all(stream.complete for stream in ended)
+    for stream in ended:
+        assert stream.text == expected[prompts.index(stream.prompt)]
+    hit = [stream for stream in ended if was_hit(stream, times_s)]
+    gaps_s = [stream.longest_gap_s for stream in hit]
+    median_s, p99_s = percentile(gaps_s, 50), percentile(gaps_s, 99)
+    print(
+        f"\n{kills} kills, {len(ended)} streams, {len(hit)} of them under a kill, all exact; "
+        f"longest gap p50 {median_s:.3f} s, p99 {p99_s:.3f} s, at most {max(gaps_s):.3f} s"
+    )
+    assert median_s <= GAP_P50_S
+    assert p99_s <= GAP_P99_S
+    assert [worker["restarts"] for worker in cluster.workers()] == restarts_before
+    await until(lambda: nothing_is_left(cluster), 5, "all blocks are free")
+
+
+def was_hit(stream: Stream, times_s: list[float]) -> bool:
+    """Whether the router died between its first event and its last."""
+    return any(stream.arrived_s[0] < each < stream.arrived_s[-1] for each in times_s)
+
+
+async def nothing_is_left(cluster: BatonServe) -> bool:
+    loads = [worker["load"] for worker in await asyncio.to_thread(cluster.workers)]
+    return all(load["running"] + load["waiting"] + load["kv_blocks_used"] == 0 for load in loads)
