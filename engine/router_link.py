@@ -14,9 +14,9 @@ from engine.attempts import Attempt
 from engine.outputs import Output, StepColumns
 from protos import worker_pb2
 
-PAUSE_PER_OUTPUT_S: Final = 0.0001
+PAUSE_PER_OUTPUT_S: Final = 0.0002
 LONGEST_PAUSE_S: Final = 0.02
-"""After a message there is a pause, the longer the more outputs it had: some 10,000 events a second
+"""After a message there is a pause, the longer the more outputs it had: some 5,000 events a second
 are enough from one worker. What engines make meanwhile goes out together, several tokens to an
 event; with few streams, or steps of usual length, no token waits. Begun streams alone pause."""
 FULL_MESSAGE_BYTES: Final = 1024 * 1024

@@ -92,6 +92,9 @@ defaults
     retries 3
     # Nothing that a front may have begun to serve is sent to it twice.
     retry-on conn-failure
+    # On a connection used before, HAProxy takes a front's death for the end of a keep-alive: no
+    # answer, no line in the log.
+    option http-server-close
     timeout connect 5s
     timeout http-request {_REQUEST_S}s
     timeout http-keep-alive 75s
@@ -200,7 +203,6 @@ def _front(name: str, form: str, front: str, rules: str, server: str) -> str:
     return f"""\
 backend {name}
 {rules}
-    http-reuse always
     http-response set-header X-Baton-Front {front}
     http-response wait-for-body time 1s {failed}
     http-response lua.explain {form} {failed}

@@ -77,9 +77,15 @@ end
 
 local idle = {}
 
+local function milliseconds_since(started)
+  local now = core.now()
+  return (now.sec - started.sec) * 1000 + (now.usec - started.usec) / 1000
+end
+
 -- One question on a connection that is kept for the next one. A stream that ends meanwhile takes
 -- its connection with it, so that no other gets its answer.
-local function ask_on(socket, line)
+local function ask_on(socket, line, patience_ms)
+  socket:settimeout(patience_ms / 1000)
   local answer = socket:send(line) and socket:receive("*l")
   if not answer then
     socket:close()
@@ -95,31 +101,31 @@ local function ask_on(socket, line)
 end
 
 -- The router's answer, or nil if it can't be reached or died before answering.
-local function ask(line)
-  while #idle > 0 do
-    -- It may have been closed by a router that is gone.
-    local answer = ask_on(table.remove(idle), line)
-    if answer then return answer end
-  end
+local function ask(line, patience_ms)
+  -- It may have been closed by a router that is gone; then its successor is asked at once.
+  local kept = table.remove(idle)
+  if kept then return ask_on(kept, line, patience_ms) end
   local socket = core.tcp()
-  socket:settimeout(PATIENCE_MS / 1000)
+  socket:settimeout(patience_ms / 1000)
   if not socket:connect(ticket_socket) then
     socket:close()
     return nil
   end
-  return ask_on(socket, line)
+  return ask_on(socket, line, patience_ms)
 end
 
+-- However often it is asked, a router that hangs costs a request no more than one that is away.
 local function ask_patiently(line)
   local started = core.now()
-  while true do
-    local answer = ask(line)
+  local waited_ms = 0
+  while waited_ms + PAUSE_MS <= PATIENCE_MS do
+    local had_idle = #idle > 0
+    local answer = ask(line, PATIENCE_MS - waited_ms)
     if answer then return answer end
-    local now = core.now()
-    local waited_ms = (now.sec - started.sec) * 1000 + (now.usec - started.usec) / 1000
-    if waited_ms + PAUSE_MS > PATIENCE_MS then return nil end
-    core.msleep(PAUSE_MS)
+    if not had_idle then core.msleep(PAUSE_MS) end
+    waited_ms = milliseconds_since(started)
   end
+  return nil
 end
 
 -- A value as valid UTF-8 without control characters, whatever bytes a client sent.

@@ -137,7 +137,7 @@ async def test_tokens_of_many_streams_share_events_and_the_first_of_a_new_one_go
         add_token(each)
     link.put(LOAD, begun)
     assert len(outputs_of((await anext(messages)).step)) == len(begun)
-    # 100 outputs make a pause of 10 ms. What comes within it waits for its end:
+    # 100 outputs make a pause of 20 ms. What comes within it waits for its end:
     for _ in range(3):
         for each in begun:
             add_token(each)

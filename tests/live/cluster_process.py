@@ -86,6 +86,21 @@ class BatonServe:
             time.sleep(0.1)
         raise AssertionError(f"not healthy after {START_TIMEOUT_S} s:\n{self.log}")
 
+    def until_complete(self) -> None:
+        """Wait for the full front, which starts once the rest is healthy."""
+        began_s = time.monotonic()
+        while self._status_of_full_front() == 503:
+            assert time.monotonic() - began_s < START_TIMEOUT_S, self.log
+            time.sleep(0.2)
+
+    def _status_of_full_front(self) -> int:
+        request = urllib.request.Request(f"{self.url}/v1/messages/count_tokens", b"{}")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
     def get(self, path: str) -> Any:
         """The JSON that a GET answers, whatever its status."""
         try:

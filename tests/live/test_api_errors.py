@@ -68,7 +68,7 @@ REFUSALS = {
     ),
     "empty prompt": Refusal(400, "empty prompt|prompt.*empty", body=completion(prompt="")),
     "no token ids": Refusal(400, "at least one prompt token", body=completion(prompt=[])),
-    "no messages": Refusal(400, "messages cannot be empty", CHAT, body=chat(messages=[])),
+    "no messages": Refusal(400, "[Mm]essage", CHAT, body=chat(messages=[])),
     "prompt over the context": Refusal(400, BOTH_NUMBERS, body=completion(prompt=[500] * 9000)),
     "text over the context": Refusal(
         400, rf"\b{CONTEXT_TOKENS}\b.*\b\d{{5}}\b", body=completion(prompt="9" * 10_000)
@@ -110,11 +110,19 @@ REFUSALS = {
     "unlisted operator path": Refusal(404, "/cluster/nothing", "/cluster/nothing", "GET"),
 }
 
-# What engines refuse; the fast front hides their reason from the client.
+# What the fast front lets through and workers or engines refuse.
 FAILURES = {
-    "token id of no embedding": completion(prompt=[300, VOCABULARY_TOKENS]),
-    "only token ids of no embedding allowed": completion(allowed_token_ids=[VOCABULARY_TOKENS + 1]),
-    "a schema that is none": completion(response_format=guided({"type": "nonsense"})),
+    "token id of no embedding": Refusal(
+        400, "token id 2048 .*2048 tokens", body=completion(prompt=[300, VOCABULARY_TOKENS])
+    ),
+    "only token ids of no embedding allowed": Refusal(
+        400,
+        "token id 2049 .*2048 tokens",
+        body=completion(allowed_token_ids=[VOCABULARY_TOKENS + 1]),
+    ),
+    "a schema that is none": Refusal(
+        500, "", body=completion(response_format=guided({"type": "nonsense"}))
+    ),
 }
 
 
@@ -179,32 +187,33 @@ def test_what_an_engine_refuses_fails_alone_and_its_record_says_so(
     kind: str, cluster: BatonServe
 ) -> None:
     workers = incarnations(cluster)
-    answer = httpx.post(cluster.url + COMPLETIONS, content=FAILURES[kind], headers=JSON)
-    assert answer.status_code == 500
-    assert answer.json()["error"]["message"]
+    failure = FAILURES[kind]
+    answer = failure.send(cluster.url)
+    assert answer.status_code == failure.status
+    assert re.search(failure.says, answer.json()["error"]["message"])
     record = cluster.get(f"/cluster/requests/{answer.headers['x-request-id']}")
     (request,) = record["requests"]
     assert request["end"] == "failed"
     assert request["error"]
-    if "embedding" in kind:
-        assert re.search(rf"token id 204\d .*{VOCABULARY_TOKENS} tokens", request["error"])
+    assert re.search(failure.says, request["error"])
     assert incarnations(cluster) == workers
 
 
-def test_an_engines_own_field_from_a_client_changes_nothing(
-    cluster: BatonServe, client: OpenAI
-) -> None:
-    workers = incarnations(cluster)
-    wrong = {
-        "do_remote_prefill": True,
-        "remote_block_ids": [1, 2],
-        "remote_engine_id": "x",
-        "remote_host": "127.0.0.1",
-        "remote_port": 1,
-    }
-    asked = complete(client, extra_body={"kv_transfer_params": wrong})
-    assert asked.choices[0].text == complete(client).choices[0].text
-    assert incarnations(cluster) == workers
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_an_engines_own_fields_are_refused(path: str, cluster: BatonServe) -> None:
+    body = completion if path == COMPLETIONS else chat
+    remote = {"do_remote_prefill": True, "remote_block_ids": [1, 2], "remote_engine_id": "x"}
+    for field in (
+        {"kv_transfer_params": remote},
+        {"vllm_xargs": {"kv_transfer_params": "x"}},
+        {"priority": -1},
+        {"data_parallel_rank": 0},
+    ):
+        (name,) = field
+        refusal = Refusal(400, "is not the client's to set", path, body=body(**field))
+        answer = refusal.send(cluster.url)
+        assert (answer.status_code, name) == (refusal.status, name)
+        assert re.search(refusal.says, answer.json()["error"]["message"])
 
 
 def test_after_all_errors_at_once_the_server_serves_as_before(
@@ -212,8 +221,7 @@ def test_after_all_errors_at_once_the_server_serves_as_before(
 ) -> None:
     before = complete(client).choices[0].text
     workers = incarnations(cluster)
-    failures = [Refusal(500, "", body=body) for body in FAILURES.values()]
-    refusals = [*REFUSALS.values(), *failures] * 2
+    refusals = [*REFUSALS.values(), *FAILURES.values()] * 2
     with ThreadPoolExecutor(16) as pool:
         statuses = list(pool.map(lambda refusal: refusal.send(cluster.url).status_code, refusals))
     assert statuses == [refusal.status for refusal in refusals]

@@ -212,7 +212,7 @@ class RunningEdge:
         self._open.add(writer)
         while line := (await reader.readline()).decode():
             version, *fields = line.rstrip("\n").split("\t")
-            assert version == "v1"
+            assert version == "v1", line
             self.logged.append(dict(field.split("=", 1) for field in fields))
         writer.close()
         self._open.discard(writer)

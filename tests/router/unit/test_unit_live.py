@@ -64,6 +64,23 @@ def test_a_stream_is_exact_and_comes_as_it_is_made(unit: Unit) -> None:
     assert arrivals_s[-1] - arrivals_s[0] > 40 * PACE_S
 
 
+def test_a_stream_that_waits_for_its_first_token_is_kept_alive(unit: Unit) -> None:
+    held = unit.paths.directory / "held"
+    held.touch()
+    body = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 5, "stream": True}
+    try:
+        response = unit.request("POST", "/v1/completions", body)
+        lines = [line for line in (response.readline() for _ in range(4)) if line.strip()]
+    finally:
+        held.unlink()
+    assert lines
+    assert all(line.startswith(b":") for line in lines), lines
+    rest = response.read().decode()
+    events = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == echoed(5)
+    assert rest.rstrip().endswith("data: [DONE]")
+
+
 def test_the_ticket_is_the_request_id(unit: Unit) -> None:
     headers = {"X-Request-Id": "mine", "Idempotency-Key": "k\xe9y\t1", "X-Baton-Priority": "low"}
     body = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 2}
