@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import OpenAI
 
 from tests.live.cluster_process import BatonServe
+from tests.live.plain_server import plain_server
 
 CONFIG: dict[str, Any] = {
     # Every request is handed over, whatever its length.
@@ -25,6 +27,7 @@ def cluster(tiny_model: object) -> Iterator[BatonServe]:
     try:
         took_s = serve.until_healthy()
         print(f"\nhealthy after {took_s:.1f} s")
+        serve.until_complete()
         yield serve
     finally:
         serve.interrupt()
@@ -33,3 +36,10 @@ def cluster(tiny_model: object) -> Iterator[BatonServe]:
 @pytest.fixture(scope="session")
 def client(cluster: BatonServe) -> OpenAI:
     return OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def plain_url(tiny_model: Path) -> Iterator[str]:
+    """vLLM's own API server with the same model."""
+    with plain_server(tiny_model, MODEL) as url:
+        yield url
