@@ -2,12 +2,14 @@
 
     python -m router.unit.full_front UNIT_DIR HTTP_FD
 
-Boundary: it starts vLLM's own server, unpatched, on an inherited listening socket. What is checked
-of requests and responses around it is `front_middleware`'s business.
+Boundary: it starts vLLM's own server, unpatched, on an inherited listening socket. What is answered
+on it until then is `loading`'s business, what is checked of requests and responses around it
+`front_middleware`'s.
 """
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import socket
 import sys
@@ -19,6 +21,7 @@ from typing import Any, Final
 from router.settings import UnitPaths, UnitSettings, load_unit
 from router.unit import fronts
 from router.unit.front_middleware import FrontMiddleware
+from router.unit.loading import Loading
 
 _ASK_EVERY_S: Final = 0.25
 
@@ -30,12 +33,13 @@ def main() -> None:
     paths = UnitPaths(sys.argv[1])
     settings = load_unit(paths.unit_settings)
     listener = socket.socket(fileno=int(sys.argv[2]))
+    loading = Loading(listener)
     if settings.vllm_rs is not None:
         # Loading vLLM takes the cores that the engines need to start; the fast front is up first.
         _wait_until_healthy(paths.router_socket)
     import uvloop
 
-    uvloop.run(_serve(settings, paths, listener))
+    uvloop.run(_serve(settings, paths, listener, loading))
 
 
 def _wait_until_healthy(router_socket: Path) -> None:
@@ -57,7 +61,9 @@ def _is_healthy(router_socket: Path) -> bool:
         connection.close()
 
 
-async def _serve(settings: UnitSettings, paths: UnitPaths, listener: socket.socket) -> None:
+async def _serve(
+    settings: UnitSettings, paths: UnitPaths, listener: socket.socket, loading: Loading
+) -> None:
     """Until SIGTERM; raises what keeps vLLM from starting."""
     import zmq
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -85,6 +91,7 @@ async def _serve(settings: UnitSettings, paths: UnitPaths, listener: socket.sock
             keep_alive_s=settings.stream_keep_alive_s,
         )
         await init_app_state(engine, app.state, arguments, tasks)
+        await asyncio.to_thread(loading.close)
         ended = await serve_http(
             app,
             sock=listener,

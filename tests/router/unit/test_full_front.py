@@ -19,7 +19,7 @@ from router.unit import fronts
 
 TICKET = "0123456789abcdef" * 2
 PACE_S = 0.01
-START_S = 60.0
+START_S = 150.0
 CHAT = [{"role": "user", "content": "hello"}]
 
 
@@ -46,6 +46,12 @@ class FullFront:
                 *events, rest = (rest + text).split("\n\n")
                 yield from events
             assert rest == ""
+
+    def serves(self) -> bool:
+        """Whether it has loaded; until then it says so, as long as its process runs."""
+        answer = self.http.get("/health")
+        assert answer.status_code == 200 or int(answer.headers["retry-after"]) >= 1
+        return answer.status_code == 200
 
     def requests(self) -> list[Any]:
         """What came to the router, of all fronts."""
@@ -79,8 +85,9 @@ def front(model: Path) -> Iterator[FullFront]:
     unit = Unit(model.parent / "u", model, PACE_S, fronts=("fast", "full"))
     try:
         eventually(lambda: unit.paths.anchor_state.exists())
-        # Its socket is the anchor's: who connects waits until the process serves.
-        yield FullFront(unit)
+        full = FullFront(unit)
+        eventually(full.serves, START_S)
+        yield full
     finally:
         unit.end()
 
@@ -287,6 +294,13 @@ def test_a_killed_full_front_comes_back(front: FullFront) -> None:
         list(events)
     assert "".join(fast).endswith("[DONE]")
     eventually(lambda: front.unit.noted("fronts-gone") == [*gone, str(fronts.FULL)])
+    for path in ("/v1/completions", "/v1/messages?beta=true"):
+        answer = front.post(path, {"padding": "x" * 1_000_000})
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        assert ("type" in answer.json()) == path.startswith("/v1/messages")
+        assert "starting" in answer.json()["error"]["message"]
+    eventually(front.serves, START_S)
     answer = front.post("/v1/completions", {"prompt": "abc", "max_tokens": 5})
     assert answer.json()["choices"][0]["text"] == "abcab"
     assert front.unit.pid("full") != pid
