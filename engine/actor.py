@@ -91,7 +91,7 @@ class EngineActor:
             self._why = str(error) if isinstance(error, EngineError) else repr(error)
             self._over.set()
             try:
-                await self._service.stop_serving()
+                await self._service.stop_serving(self._why)
                 await asyncio.sleep(_LAST_WORDS_S)
             finally:
                 os._exit(1)

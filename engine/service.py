@@ -35,6 +35,8 @@ ROUTER_GRACE_S: Final = 10.0
 METRICS_INTERVAL_S: Final = 1.0
 LOAD_INTERVAL_S: Final = 0.25
 """How often a router learns the load of a worker that has nothing for it."""
+LAST_WORDS_STATUS: Final = grpc.StatusCode.ABORTED
+"""With it a worker whose engine is gone ends its links; the details tell why."""
 
 GRPC_OPTIONS: Final = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -61,6 +63,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._absent_since_s: dict[str, float] = {}
         """Of routers whose requests are kept, by `_awake`."""
         self._counters: dict[str, float] = defaultdict(float)
+        self._last_words = ""
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -93,8 +96,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 if (link := self._links.get(router_id)) is not None:
                     link.put(load, attempts)
 
-    async def stop_serving(self) -> None:
-        """End the links and refuse new ones."""
+    async def stop_serving(self, why: str = "") -> None:
+        """End the links and refuse new ones. The routers are told why, if it is no orderly end."""
+        self._last_words = why
         for task in self._tasks:
             task.cancel()
         for link in self._links.values():
@@ -124,6 +128,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             yield worker_pb2.WorkerMessage(welcome=self._welcome(link.router_id))
             async for message in link.messages():
                 yield message
+            if self._last_words:
+                await context.abort(LAST_WORDS_STATUS, self._last_words)
         finally:
             reader.cancel()
             self._detach(link)

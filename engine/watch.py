@@ -16,6 +16,8 @@ QUIET_S: Final = 7.0
 BUSY_SHARE: Final = 0.02
 """Of a core, by one thread, is computing. Measured on 2 cores: the busiest thread of an idle engine
 uses 0.002, that of one that only waits for blocks or a grammar 0.13."""
+STOPPED_S: Final = 5.0
+"""A signal has stopped it for so long: it hangs, with and without work."""
 ENDLESS_S: Final = 300.0
 """No step and no prompt takes so long, however busy its engine is."""
 LONGEST_LOOK_S: Final = 1.0
@@ -74,7 +76,7 @@ class EngineWatch:
         before_s = self._clock.time_s
         passed_s = self._clock.look(now_s) - before_s
         self._stopped_s = self._stopped_s + passed_s if stopped else 0.0
-        if self._stopped_s >= HANG_S:
+        if self._stopped_s >= STOPPED_S:
             return f"it has been stopped (SIGSTOP) for {self._stopped_s:.0f} s"
         if not waits:
             return None

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 
 import grpc
 
+from engine.service import LAST_WORDS_STATUS
 from engine.watch import AwakeClock
 from protos import worker_pb2, worker_pb2_grpc
 from protos.ids import Incarnation, WorkerId
@@ -88,6 +89,8 @@ class WorkerLink:
         self._incarnation: Incarnation | None = None
         """Of the worker that was up last, until it is said to be dead."""
         self._said_dead = False
+        self._last_words = ""
+        """What it said of its own end."""
         self._call: Any = None
         self._clock = clock
         self._watch = LinkWatch(clock.time_s, settings.worker_reconnect_s)
@@ -112,6 +115,8 @@ class WorkerLink:
         if not self._said_dead:
             self._said_dead = True
             incarnation, self._incarnation = self._incarnation, None
+            if self._last_words:
+                why = f"{why} ({self._last_words})"
             self._listener.feed(WorkerDead(self._id, incarnation, why))
 
     async def run(self) -> None:
@@ -146,6 +151,8 @@ class WorkerLink:
             except grpc.aio.AioRpcError as error:
                 if self._call is None:
                     return Reach.ANSWERED, f"{error.code().name}: {error.details()}"
+                if error.code() is LAST_WORDS_STATUS:
+                    self._last_words = error.details()
             except TimeoutError:
                 return Reach.SILENT, ""
             except asyncio.CancelledError:
@@ -164,6 +171,7 @@ class WorkerLink:
         self._queue.clear()
         self._incarnation = Incarnation(welcome.worker_incarnation)
         self._said_dead = False
+        self._last_words = ""
         self._listener.feed(worker_up(welcome))
         self._listener.on_welcome(self._id, welcome.ready_payload)
 

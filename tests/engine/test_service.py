@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from engine.service import GRPC_OPTIONS, WorkerService
+from engine.service import GRPC_OPTIONS, LAST_WORDS_STATUS, WorkerService
 from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
 from protos import enginecore, worker_pb2, worker_pb2_grpc
@@ -100,6 +100,21 @@ async def address(tmp_path: Path) -> AsyncIterator[str]:
     with contextlib.suppress(asyncio.CancelledError):
         await running
     await service.stop()
+
+
+async def test_last_words_reach_its_routers(tmp_path: Path) -> None:
+    spec = WorkerSpec(WorkerId("decode-0"), "decode", "simulated", "none", str(tmp_path), TOKEN)
+    service = WorkerService(spec, SimulatedEngine(spec))
+    router = Router(f"127.0.0.1:{await service.start()}", "r", 1)
+    await router.attach()
+    stopping = asyncio.create_task(service.stop_serving("the engine hung"))
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        async for _ in router.messages():
+            pass
+    assert ended.value.code() is LAST_WORDS_STATUS
+    assert ended.value.details() == "the engine hung"
+    await stopping
+    await router.close()
 
 
 async def test_a_request_from_submit_to_end_with_load_in_every_step(address: str) -> None:

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.watch import ENDLESS_S, HANG_S, LONGEST_LOOK_S, AwakeClock, EngineWatch
+from engine.watch import (
+    ENDLESS_S,
+    HANG_S,
+    LONGEST_LOOK_S,
+    STOPPED_S,
+    AwakeClock,
+    EngineWatch,
+)
 
 LOOK_S = 0.5
 
@@ -114,14 +121,14 @@ def test_computing_without_an_end_is_one(engine: Watched) -> None:
 def test_a_stopped_process_hangs_with_and_without_work(engine: Watched) -> None:
     engine.stopped = True
     took_s, verdict = engine.until_verdict(20)
-    assert took_s == HANG_S
+    assert took_s == STOPPED_S
     assert "SIGSTOP" in verdict
 
 
 def test_a_process_that_was_stopped_for_a_moment_does_not(engine: Watched) -> None:
     for _ in range(10):
         engine.stopped = True
-        engine.goes_on(HANG_S - 1)
+        engine.goes_on(STOPPED_S - 1)
         engine.stopped = False
         engine.goes_on(LOOK_S)
 
