@@ -5,7 +5,8 @@ finds out; when HAProxy runs is the anchor's.
 
 How each request that got a ticket ended goes to the router over `UnitPaths.edge_log_socket`, a
 line each, its fields parted by tabs. While no router listens they are kept, and are sent later (a
-datagram is lost where more than ten wait, which is Linux's default):
+datagram is lost where more than ten wait, which is Linux's default); lost are the first ones after
+a router's death, since HAProxy learns of it by writing to it:
 `v1 ticket=T status=N front=F end=XY request_bytes=N response_bytes=N first_byte_ms=N total_ms=N`.
 `F` is the front that it went to, `fast` or `full`. `XY` are the first two characters of HAProxy's
 session state. `--`: an orderly end. First `C` or `c`: the client left, or took nothing any more.

@@ -103,8 +103,10 @@ class StandIn:
 class RunningEdge:
     """HAProxy on a port of its own. What it starts is ended by `end`."""
 
-    def __init__(self, directory: Path, full: bool = True, **settings: Any) -> None:
-        """`full`: whether the full front serves from the start."""
+    def __init__(
+        self, directory: Path, full: bool = True, log: bool = True, **settings: Any
+    ) -> None:
+        """`full`: whether the full front serves from the start; `log`: whether lines are taken."""
         directory.mkdir(mode=0o700)
         self.paths = UnitPaths(directory)
         self.answer: Callable[[str], str | None] = self.grant
@@ -121,7 +123,8 @@ class RunningEdge:
             for name, number in FRONTS.items()
         }
         self.start_tickets()
-        self.start_log()
+        if log:
+            self.start_log()
         self.run(StandIn("router", self.paths.router_socket).start())
         self.run(self.fronts["fast"].start())
         if full:
