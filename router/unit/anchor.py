@@ -13,6 +13,7 @@ Exit codes: 0 after SIGTERM, 2 unusable settings, 3 the port is taken, 4 the dir
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -42,6 +43,9 @@ END_GRACE_S: Final = 3.0
 _LOOK_EVERY_S: Final = 0.2
 """How late a deadline may be noticed; a child's end is noticed at once."""
 _BACKLOG: Final = 4096
+_PORT_FREE_S: Final = 3.0
+"""The edge of an anchor that was killed dies with it, and holds the port until it has."""
+_PORT_AGAIN_S: Final = 0.02
 _LONGEST_SOCKET_PATH_BYTES: Final = 107
 
 
@@ -185,15 +189,28 @@ def _listen_unix(path: Path) -> socket.socket:
 def _take_port(settings: UnitSettings) -> socket.socket:
     """The edge's listening socket; connections wait in it while the edge restarts."""
     host, port = settings.listen_host, settings.listen_port
+    deadline_s = time.monotonic() + _PORT_FREE_S
+    while True:
+        try:
+            return _listen(host, port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < deadline_s:
+                time.sleep(_PORT_AGAIN_S)
+                continue
+            reason = error.strerror or error
+            _exit(3, f"can't listen on {host} port {port}: {reason}; choose another listen_port")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
-    except OSError as error:
-        reason = error.strerror or error
-        _exit(3, f"can't listen on {host} port {port}: {reason}; choose another listen_port")
+    except OSError:
+        listener.close()
+        raise
     listener.setblocking(False)
     return listener
 

@@ -47,7 +47,8 @@ class Command(NamedTuple):
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if there is none.
+    """When a process started, in clock ticks since boot; None if there is none, or if it has ended
+    and nobody has asked for its status: in a container that may be nobody's business.
 
     With the pid it names a process for good, while a pid alone may come to name another.
     """
@@ -56,7 +57,8 @@ def start_time(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The second field is the name in brackets, which may hold anything; the 22nd is meant.
-    return int(stat.rpartition(")")[2].split()[19])
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 class Child:

@@ -35,6 +35,7 @@ _ANSWER_S: Final = 15.0
 _END_S: Final = 5.0
 """The anchor gives its children 3 s."""
 _APPEAR_S: Final = 10.0
+_LOOK_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 5.0
 _SETTLED_S: Final = 10.0
 
@@ -59,18 +60,24 @@ class AnchorProcess:
         log = self._paths.logs / "anchor.log"
         # The shell ends at once, so that the anchor is an orphan: Ray ends its actors' children.
         shell = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", '"$@" </dev/null >>"$0" 2>&1 &', str(log),
+            "/bin/sh", "-c", '"$@" </dev/null >>"$0" 2>&1 & echo $!', str(log),
             sys.executable, "-m", "router.unit.anchor", str(self._paths.directory),
             # The anchor's children, one of which faces clients, need no key to the cluster.
             env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             start_new_session=True,
+            stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        await shell.wait()
+        told, _ = await shell.communicate()
+        pid = int(told)
+        ended = asyncio.ensure_future(self.ended(pid))
         deadline_s = time.monotonic() + _APPEAR_S
-        while time.monotonic() < deadline_s:
-            if (pid := self.running()) is not None:
-                return pid
-            await asyncio.sleep(0.02)
+        try:
+            while not ended.done() and time.monotonic() < deadline_s:
+                if self.running() == pid:
+                    return pid
+                await asyncio.wait({ended}, timeout=_LOOK_S)
+        finally:
+            ended.cancel()
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise BatonError(f"the anchor did not start: {' '.join(last) or f'see {log}'}")
 
@@ -104,7 +111,8 @@ class AnchorProcess:
     num_replicas=1,
     ray_actor_options={"num_cpus": 0},
     max_ongoing_requests=1,
-    health_check_period_s=5,
+    # How late the end of a replica may be noticed.
+    health_check_period_s=1,
     graceful_shutdown_timeout_s=_END_S + 2,
 )
 class RouterUnit:
