@@ -1,7 +1,7 @@
 """A real edge between a client and what the test sets up behind it: fronts, tickets, its log.
 
-The fronts are stand-ins that say what reached them; with which of them real ones agree is shown in
-`test_edge_fields.py`. What one does is asked for in the header X-Do:
+The fronts are stand-ins that say what reached them; that the real fast one serves what it is given
+is shown in `test_edge_fields.py`. What one does is asked for in the header X-Do:
 `stream N PAUSE_S`, `silence S`, `status N BODY`, `die` (without an answer), `break` (in an answer).
 """
 
