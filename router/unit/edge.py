@@ -160,9 +160,12 @@ frontend edge
 def _admission(condition: str = "") -> str:
     """A ticket, or an answer: for the requests that make work."""
     got_ticket = "if { var(txn.ticket) -m found }"
+    # HAProxy goes on after a script that it broke off, as it does on a machine without a core free.
+    got_nothing = f"{condition or 'if'} !{{ var(txn.ticket) -m found }}"
     return f"""\
     http-request wait-for-body time {_REQUEST_S}s {condition}
     http-request lua.admit {condition}
+    http-request deny deny_status 503 {got_nothing}
     http-request set-log-level info {got_ticket}
     http-request set-header X-Request-Id %[var(txn.ticket)] {got_ticket}"""
 
