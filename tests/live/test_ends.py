@@ -29,6 +29,7 @@ from tests.live.streams import (
 FREE_WITHIN_S = 2.0
 """The lease on blocks that wait to be fetched is 30 s: what only it frees is not free in time."""
 END_WITHIN_S = 3.0
+DEADLINE_S = 4.0
 REPLACED_WITHIN_S = 90.0
 LONG_PROMPT_TOKENS = 6000
 DISCONNECTS = 300
@@ -70,7 +71,8 @@ async def used(cluster: BatonServe) -> dict[str, tuple[int, int, int]]:
     """Running and waiting requests and used blocks, by worker."""
     found = {}
     for worker in await workers_of(cluster):
-        load = worker["load"]
+        # None: no router answered, or none knows it yet.
+        load = worker["load"] or {"running": -1, "waiting": -1, "kv_blocks_used": -1}
         found[worker["id"]] = (load["running"], load["waiting"], load["kv_blocks_used"])
     return found
 
@@ -339,6 +341,30 @@ async def test_streams_of_the_other_decode_workers_go_on(slow_pair: BatonServe) 
         with running(http, [Stream(s.prompt, s.max_tokens) for s in others]) as tasks:
             again = await asyncio.gather(*tasks)
         assert [stream.text for stream in again] == [stream.text for stream in others]
+
+
+# Requests that run out of time
+
+
+async def test_a_request_past_its_deadline_ends_with_an_error(slow_pair: BatonServe) -> None:
+    dice = random.Random(f"deadline {time.time()}")
+    async with api_client(slow_pair) as http:
+        http.headers["X-Baton-Deadline-Ms"] = f"{DEADLINE_S * 1000:.0f}"
+        began_s = time.monotonic()
+        stream = await Stream(random_prompt(dice, 100), 1000).run(http)
+        assert_ended_with_error(stream)
+        took_s = stream.ended_s - began_s
+        answer = await not_streamed(http, random_prompt(dice, 100))
+    print(f"deadline {DEADLINE_S} s: ended after {took_s:.2f} s")
+    assert took_s + 0.1 > DEADLINE_S
+    assert took_s < DEADLINE_S + END_WITHIN_S
+    assert answer.status_code == 504
+    assert "deadline" in answer.json()["error"]["message"]
+    for request_id in (stream.request_id, answer.headers["x-request-id"]):
+        record = await story(slow_pair, request_id)
+        assert record["end"] == "failed"
+        assert "deadline" in record["error"]
+    await until_idle(slow_pair, 5)
 
 
 async def not_streamed(http: httpx.AsyncClient, prompt: list[int]) -> httpx.Response:
