@@ -16,6 +16,7 @@ import pytest
 from running_unit import MODEL_NAME, Unit, build_model, eventually
 
 from router.unit.children import start_time
+from router.unit.probe import ASK_EVERY_S, FRONT_HANGS_S
 
 PROMPT = "the quick brown fox. "
 PACE_S = 0.01
@@ -211,14 +212,15 @@ def test_a_router_that_hangs_is_ended_and_its_streams_go_on(unit: Unit) -> None:
 
 
 def test_a_stopped_front_is_ended(unit: Unit) -> None:
-    """One that takes nothing while much waits for it."""
-    streams = [unit.stream(PROMPT, 400) for _ in range(16)]
-    for stream in streams:
-        next(stream)
+    """Also with little to take: it answers nobody."""
+    stream = unit.stream(PROMPT, 400)
+    next(stream)
+    # Nobody is judged before it was healthy once.
+    time.sleep(2 * ASK_EVERY_S)
     stopped = unit.pid("fast")
     assert stopped is not None
     os.kill(stopped, signal.SIGSTOP)
-    eventually(lambda: unit.pid("fast") not in (None, stopped))
+    eventually(lambda: unit.pid("fast") not in (None, stopped), 3 * FRONT_HANGS_S)
     eventually(unit.serves)
 
 
