@@ -245,6 +245,20 @@ local function TOOL_CHOICE(text, first)
   return one_of("null", '"auto"', '"required"')(text, first)
 end
 
+-- What the fast front passes on unread, and an engine refuses without a reason.
+local function RESPONSE_FORMAT(text, first)
+  local kinds = { type = one_of('"text"', '"json_object"', '"json_schema"') }
+  local last, fast, seen = object_of(kinds, ANY)(text, first)
+  if seen then return last, fast end
+  return one_of("null")(text, first)
+end
+local function STRUCTURED_OUTPUTS(text, first)
+  local kinds = { regex = NEVER, grammar = NEVER, structural_tag = NEVER }
+  local last, fast, seen = object_of(kinds, ANY)(text, first)
+  if seen then return last, fast end
+  return one_of("null")(text, first)
+end
+
 local function merged(...)
   local all = {}
   for _, fields in ipairs({ ... }) do
@@ -268,8 +282,8 @@ local SAMPLING = {
   use_beam_search = one_of("false"), length_penalty = NEVER,
   truncate_prompt_tokens = one_of("null"), truncation_side = TEXT_OR_NULL,
   prompt_logprobs = INTEGER, add_special_tokens = FLAG, thinking_token_budget = INTEGER,
-  repetition_detection = one_of("null"), response_format = OBJECT_OR_NULL,
-  structured_outputs = OBJECT_OR_NULL, stream = FLAG, stream_options = MEMBERS_OR_NULL,
+  repetition_detection = one_of("null"), response_format = RESPONSE_FORMAT,
+  structured_outputs = STRUCTURED_OUTPUTS, stream = FLAG, stream_options = MEMBERS_OR_NULL,
   stream_interval = INTEGER, echo = FLAG, return_token_ids = FLAG_OR_NULL,
   return_tokens_as_token_ids = FLAG_OR_NULL, routed_experts_prompt_start = one_of("0"),
   -- Of no effect here; vLLM checks their types.
