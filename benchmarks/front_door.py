@@ -55,6 +55,8 @@ class Bench:
         self._loads = loads
         self._client = client
         self.figures: dict[tuple[str, Load], list[Figure]] = {}
+        self._link_bytes: dict[tuple[str, Load], dict[str, float]] = {}
+        """Per request, of the last round; by link and direction."""
 
     def round(self, number: int) -> None:
         """Every topology, anew, with every load."""
@@ -68,8 +70,13 @@ class Bench:
 
     def _measure(self, baton: Serving, topology: str, load: Load, seed: int) -> Figure:
         before = baton.metric("baton_handoffs_total")
+        bytes_before = baton.link_bytes()
         figure = measure(self._client, baton.port, baton.groups, load, seed)
         handed_over = baton.metric("baton_handoffs_total") - before
+        self._link_bytes[topology, load] = {
+            link: (count - bytes_before.get(link, 0.0)) / load.requests
+            for link, count in baton.link_bytes().items()
+        }
         if handed_over != (load.requests if topology == DISAGGREGATED else 0):
             raise RuntimeError(f"{topology}: {handed_over:.0f} of {load.requests} handed over")
         return figure
@@ -80,7 +87,16 @@ class Bench:
             f"{topology}, {load.name}": figures
             for (topology, load), figures in self.figures.items()
         }
-        return "\n".join([machine(), "", self._results(), cpu_table(columns)])
+        return "\n".join([machine(), "", self._results(), cpu_table(columns), self._bytes_table()])
+
+    def _bytes_table(self) -> str:
+        links = dict.fromkeys(link for counts in self._link_bytes.values() for link in counts)
+        rows = [
+            (link, *(f"{counts[link]:,.0f}" for counts in self._link_bytes.values()))
+            for link in links
+        ]
+        columns = [f"{topology}, {load.name}" for topology, load in self._link_bytes]
+        return table(("bytes per request, last round", *columns), rows)
 
     def _results(self) -> str:
         rows = []

@@ -51,6 +51,8 @@ class LoadResult:
     """From the request to its last token."""
     cpu_s: float
     """The client's own, from its first request on."""
+    preparation_cpu_s: float
+    """What it used before."""
     gaps_ms: list[list[float]]
     """Of each request the times between its events; only if asked for."""
 
@@ -86,6 +88,7 @@ class LoadClient:
             ttft_p99_ms=result["p99_ttft_ms"],
             whole_p50_ms=result["median_e2el_ms"],
             cpu_s=process.cpu_of_last_s(result["duration"]),
+            preparation_cpu_s=process.cpu_before_last_s(result["duration"]),
             gaps_ms=[[gap_s * 1e3 for gap_s in gaps] for gaps in result.get("itls", [])],
         )
 
@@ -131,8 +134,12 @@ class _Run:
 
     def cpu_of_last_s(self, duration_s: float) -> float:
         """What it used from this long before its end on; what comes before is its preparation."""
+        return self._total_s - self.cpu_before_last_s(duration_s)
+
+    def cpu_before_last_s(self, duration_s: float) -> float:
+        """What it used until then."""
         prepared_s = [cpu_s for at_s, cpu_s in self._samples if at_s < self._ended_s - duration_s]
-        return self._total_s - max(prepared_s, default=0.0)
+        return max(prepared_s, default=0.0)
 
 
 def _children_cpu_s() -> float:

@@ -43,7 +43,7 @@ def measure(
     result = client.run(port, load, seed, detailed)
     use = meter.read()
     spent_s = {**use.cpu_s, CLIENT: result.cpu_s}
-    others_s = use.machine_s - sum(spent_s.values())
+    others_s = use.machine_s - sum(spent_s.values()) - result.preparation_cpu_s
     background_s = spent_s.pop(BACKGROUND, 0.0)
     cpu_us = {name: group_s / load.requests * 1e6 for name, group_s in spent_s.items()}
     return Figure(result, cpu_us, background_s / use.span_s, others_s / use.span_s)

@@ -6,6 +6,7 @@ Boundary: configuration in, process ids and figures out; what is measured is the
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ from benchmarks.cpu import CpuMeter
 from benchmarks.measure import BACKGROUND
 from tests.live.cluster_process import BatonServe
 
+_LINKS_TOLD_S: Final = 1.5
 _QUIET_CORES: Final = 0.3
 _QUIET_SPAN_S: Final = 1.0
 _QUIET_TIMEOUT_S: Final = 120.0
@@ -45,6 +47,17 @@ class Serving:
     def metric(self, name: str, **labels: str) -> float:
         """The sum of /metrics' samples of that name with these labels."""
         return self._serve.metric(name, **labels)
+
+    def link_bytes(self) -> dict[str, float]:
+        """What went over each link so far, `LINK, DIRECTION`. The anchor tells once a second."""
+        time.sleep(_LINKS_TOLD_S)
+        told = {}
+        for sample, value in self._serve.metrics().items():
+            name, _, labels = sample.partition("{")
+            if name == "baton_link_bytes_total":
+                have = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+                told[f"{have['link']}, {have['direction']}"] = value
+        return told
 
     def _cores(self) -> float:
         meter = CpuMeter(self.groups, may_end=self.groups)

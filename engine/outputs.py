@@ -17,12 +17,6 @@ from protos.enginecore import EngineOutput
 
 _NIL: Final = EngineOutput("", []).new_logprobs
 
-_BESIDE_TOKENS: Final = (
-    "new_logprobs", "new_prompt_logprobs_tensors", "events", "routed_experts", "new_sampling_mask",
-    "spec_decode_metrics", "prompt_token_id_logprobs",
-)  # fmt: skip
-"""What an output may say of its tokens; such outputs stay as the engine made them."""
-
 _FINISH: Final = {
     enginecore.FINISH_STOP: worker_pb2.STOP,
     enginecore.FINISH_LENGTH: worker_pb2.LENGTH,
@@ -58,13 +52,7 @@ class Output(Struct, gc=False):
     @property
     def is_plain(self) -> bool:
         """Nothing but tokens, so that what comes next may be added to it."""
-        made = self.made
-        return (
-            made is not None
-            and not self.finish
-            and not self.manifest
-            and all(getattr(made, name) == _NIL for name in _BESIDE_TOKENS)
-        )
+        return not self.finish and not self.manifest and _says_only_tokens(self.made)
 
 
 def merged(outputs: Sequence[Output]) -> Output:
@@ -89,11 +77,21 @@ def merged(outputs: Sequence[Output]) -> Output:
 
 def may_end_a_merge(output: Output) -> bool:
     """Whether it can be added to plain ones before it."""
-    made = output.made
+    return output.prompt_use is None and _says_only_tokens(output.made)
+
+
+def _says_only_tokens(made: EngineOutput | None) -> bool:
+    """Nothing beside them, such as logprobs; else it stays as the engine made it."""
+    # One after the other, since all tokens pass here.
     return (
         made is not None
-        and output.prompt_use is None
-        and all(getattr(made, name) == _NIL for name in _BESIDE_TOKENS)
+        and made.new_logprobs == _NIL
+        and made.new_prompt_logprobs_tensors == _NIL
+        and made.events == _NIL
+        and made.routed_experts == _NIL
+        and made.new_sampling_mask == _NIL
+        and made.spec_decode_metrics == _NIL
+        and made.prompt_token_id_logprobs == _NIL
     )
 
 

@@ -113,7 +113,10 @@ class FrontGone(Struct, array_like=True, tag="front_gone", gc=False):
 
 
 class Ping(Struct, array_like=True, tag="ping", gc=False):
-    """To be answered by a Pong at once."""
+    """To be answered by a Pong at once; with what went between the fronts and the anchor so far."""
+
+    front_request_bytes: int
+    front_response_bytes: int
 
 
 FromRouter = Hello | Ready | Deliver | UtilityReply | Pong

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 from protos import anchor_link, enginecore
+from router.metrics import LinkBytes
 
 RETRY_S: Final = 0.02
+_LINK: Final = "anchor-router"
+_FRONTS: Final = "front-anchor"
 
 UTILITY_ANSWERS: Final[dict[str, Any]] = {
     "get_supported_tasks": ["generate"],
@@ -39,8 +42,9 @@ class Listener(Protocol):
 class AnchorClient(asyncio.Protocol):
     """One connection, for the process's whole life."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, link_bytes: LinkBytes) -> None:
         self._listener = listener
+        self._bytes = link_bytes
         self._splitter = anchor_link.Splitter()
         self._transport: asyncio.Transport | None = None
         self._deliveries: dict[int, list[anchor_link.Delivery]] = {}
@@ -70,6 +74,7 @@ class AnchorClient(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         """An anchor that reads nothing ends the link: the next router starts from what it has."""
         if self._transport is not None:
+            self._bytes.responses[_LINK] += len(data)
             self._transport.write(data)
             if self._transport.get_write_buffer_size() > anchor_link.MAX_MESSAGE_BYTES:
                 self._transport.abort()
@@ -82,10 +87,13 @@ class AnchorClient(asyncio.Protocol):
         self._listener.on_anchor_lost(str(exc) if exc else "it closed the link")
 
     def data_received(self, data: bytes) -> None:
+        self._bytes.requests[_LINK] += len(data)
         for body in self._splitter.feed(data):
             message = anchor_link.from_anchor_decoder.decode(body)
             if isinstance(message, anchor_link.Ping):
                 self.send(anchor_link.Pong())
+                self._bytes.requests[_FRONTS] = message.front_request_bytes
+                self._bytes.responses[_FRONTS] = message.front_response_bytes
             elif isinstance(message, anchor_link.Utility):
                 self.send(anchor_link.UtilityReply(message.front, _answer(message.payload)))
             else:
@@ -101,12 +109,14 @@ def _answer(payload: bytes) -> bytes:
     )
 
 
-async def connect(path: Path, listener: Listener) -> AnchorClient:
+async def connect(path: Path, listener: Listener, link_bytes: LinkBytes) -> AnchorClient:
     """Connects as soon as the anchor listens."""
     loop = asyncio.get_running_loop()
     while True:
         try:
-            _, client = await loop.create_unix_connection(lambda: AnchorClient(listener), str(path))
+            _, client = await loop.create_unix_connection(
+                lambda: AnchorClient(listener, link_bytes), str(path)
+            )
         except (FileNotFoundError, ConnectionRefusedError):
             await asyncio.sleep(RETRY_S)
         else:

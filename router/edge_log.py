@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from protos.ids import TicketId
 from router.core.events import EdgeEnded
+from router.metrics import LinkBytes
 
+_LINK = "client-edge"
 LONGEST_LINE_BYTES = 64 * 1024
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S+)")
 
 
-def parse(text: str) -> EdgeEnded | None:
-    """None if the text names no ticket or no status."""
-    fields: dict[str, str] = dict(_FIELD.findall(text))
+def fields_of(line: str) -> dict[str, str]:
+    """By their names."""
+    return dict(_FIELD.findall(line))
+
+
+def ended_of(fields: Mapping[str, str]) -> EdgeEnded | None:
+    """None if they name no ticket or no status."""
     ticket, status = fields.get("ticket", "-"), fields.get("status")
     if ticket == "-" or status is None:
         return None
@@ -30,9 +36,12 @@ def parse(text: str) -> EdgeEnded | None:
 class EdgeLog:
     """Feeds what it can parse, counts the rest."""
 
-    def __init__(self, path: Path, feed: Callable[[EdgeEnded], None]) -> None:
+    def __init__(
+        self, path: Path, feed: Callable[[EdgeEnded], None], link_bytes: LinkBytes
+    ) -> None:
         self._path = path
         self._feed = feed
+        self._bytes = link_bytes
         self._server: asyncio.AbstractServer | None = None
         """Kept from being collected."""
         self.unread = 0
@@ -44,11 +53,19 @@ class EdgeLog:
         self._server = await loop.create_unix_server(lambda: _Lines(self._take), str(self._path))
 
     def _take(self, line: bytes) -> None:
-        ended = parse(line.decode(errors="replace"))
+        fields = fields_of(line.decode(errors="replace"))
+        ended = ended_of(fields)
         if ended is None:
             self.unread += 1
-        else:
-            self._feed(ended)
+            return
+        self._bytes.requests[_LINK] += _count(fields, "request_bytes")
+        self._bytes.responses[_LINK] += _count(fields, "response_bytes")
+        self._feed(ended)
+
+
+def _count(fields: Mapping[str, str], name: str) -> int:
+    value = fields.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 class _Lines(asyncio.Protocol):

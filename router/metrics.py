@@ -54,6 +54,19 @@ class Histogram:
         return answer
 
 
+class LinkBytes:
+    """Bytes that went over each link of the requests' path, by the link's name.
+
+    Of what its messages hold: without what TCP, HTTP/2 and ZMQ add.
+    """
+
+    def __init__(self) -> None:
+        self.requests: Counter[str] = Counter()
+        """Towards the engines."""
+        self.responses: Counter[str] = Counter()
+        """Towards the clients."""
+
+
 class Measured:
     """Of all requests that ended."""
 
@@ -85,6 +98,7 @@ def exposition(
     worker_values: Mapping[str, Mapping[str, float]],
     model_name: str,
     unread_edge_lines: int,
+    link_bytes: LinkBytes,
 ) -> bytes:
     """All figures in Prometheus' text format."""
     from prometheus_client import CollectorRegistry, generate_latest
@@ -92,7 +106,7 @@ def exposition(
     class Collector:
         def collect(self) -> list[Any]:
             own = _own_families(core, measured, model_name, unread_edge_lines)
-            return own + _worker_families(core, worker_values)
+            return [*own, _link_family(link_bytes), *_worker_families(core, worker_values)]
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector())
@@ -148,6 +162,18 @@ def _own_families(
         family.add_metric([model_name], histogram.cumulative(), histogram.sum_s)
         families.append(family)
     return families
+
+
+def _link_family(link_bytes: LinkBytes) -> Any:
+    from prometheus_client.core import CounterMetricFamily
+
+    family = CounterMetricFamily(
+        "baton_link_bytes", "Bytes on the requests' path.", labels=["link", "direction"]
+    )
+    for direction in ("requests", "responses"):
+        for link, count in getattr(link_bytes, direction).items():
+            family.add_metric([link, direction], count)
+    return family
 
 
 def _plain_counters(counts: Counts, unread_edge_lines: int) -> list[tuple[str, str, int]]:

@@ -54,7 +54,7 @@ from router.core.moves import CoreSettings
 from router.core.placement import POLICIES
 from router.core.router import RouterCore
 from router.edge_log import EdgeLog
-from router.metrics import Measured
+from router.metrics import LinkBytes, Measured
 from router.report import Report
 from router.settings import RouterSettings, UnitPaths, load_router
 from router.tickets import (
@@ -92,8 +92,11 @@ class RouterProcess:
         self._measured = Measured()
         self._fronts_told = _FrontsTold()
         self._membership: membership.Membership | None = None
-        self._links = WorkerLinks(settings, self._incarnation, self, self._on_task_done)
-        self._edge_log = EdgeLog(paths.edge_log_socket, self.feed)
+        self._link_bytes = LinkBytes()
+        self._links = WorkerLinks(
+            settings, self._incarnation, self, self._on_task_done, self._link_bytes
+        )
+        self._edge_log = EdgeLog(paths.edge_log_socket, self.feed, self._link_bytes)
         self._worker_values: dict[str, Mapping[str, float]] = {}
         self._anchor: anchor_client.AnchorClient | None = None
         self._took_over = False
@@ -111,7 +114,7 @@ class RouterProcess:
             loop.add_signal_handler(number, self._end, 0)
         self._read_membership()
         await self._listen()
-        anchor = await anchor_client.connect(self._paths.anchor_socket, self)
+        anchor = await anchor_client.connect(self._paths.anchor_socket, self, self._link_bytes)
         self._anchor = anchor
         anchor.send(anchor_link.Hello(self._incarnation, os.getpid()))
         tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._serve_http())]
@@ -134,7 +137,7 @@ class RouterProcess:
         http_api = await asyncio.to_thread(_load_http_api)
         report = Report(
             self.core, self._settings, self._incarnation, self._measured, self._worker_values,
-            self._links, self._edge_log,
+            self._links, self._edge_log, self._link_bytes,
         )  # fmt: skip
         self._servers.append(await http_api.serve(report, self._paths.router_socket))
         gc.collect()

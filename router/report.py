@@ -10,7 +10,7 @@ from typing import Any
 
 from router.core.router import RouterCore
 from router.edge_log import EdgeLog
-from router.metrics import Measured, exposition
+from router.metrics import LinkBytes, Measured, exposition
 from router.settings import RouterSettings
 from router.worker_links import WorkerLinks
 
@@ -26,11 +26,15 @@ class Report:
     worker_values: Mapping[str, Mapping[str, float]]
     links: WorkerLinks
     edge_log: EdgeLog
+    link_bytes: LinkBytes
 
     def exposition(self) -> bytes:
         """Prometheus text."""
         name = next(iter(self.settings.served_model_names), "")
-        return exposition(self.core, self.measured, self.worker_values, name, self.edge_log.unread)
+        return exposition(
+            self.core, self.measured, self.worker_values, name, self.edge_log.unread,
+            self.link_bytes,
+        )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """Which process this is."""

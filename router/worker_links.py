@@ -23,6 +23,7 @@ from protos.ids import Incarnation, WorkerId
 from protos.membership import Member
 from router.core.events import Event, WorkerDead, WorkerLinkBroken
 from router.link_watch import SILENCE_S, LinkWatch, Reach
+from router.metrics import LinkBytes
 from router.settings import RouterSettings
 from router.worker_messages import ToWorker, command_of, step_reported, worker_up
 
@@ -31,6 +32,7 @@ _log = logging.getLogger("router")
 _make_stub: Any = worker_pb2_grpc.WorkerStub
 """Generated code has no types."""
 
+_LINK: Final = "router-worker"
 RETRY_S: Final = 0.1
 AGAIN_S: Final = 0.01
 """The same, after a link that stood."""
@@ -80,7 +82,9 @@ class WorkerLink:
         incarnation: int,
         listener: Listener,
         clock: AwakeClock,
+        link_bytes: LinkBytes,
     ) -> None:
+        self._bytes = link_bytes
         self.member = member
         self._id = WorkerId(member.worker_id)
         self._settings = settings
@@ -180,6 +184,7 @@ class WorkerLink:
         try:
             while _is_message(message := await call.read()):
                 self._watch.heard(self._clock.time_s)
+                self._bytes.responses[_LINK] += message.ByteSize()
                 assert self._incarnation is not None
                 if message.HasField("step"):
                     self._listener.feed(step_reported(self._id, self._incarnation, message.step))
@@ -193,7 +198,9 @@ class WorkerLink:
     async def _send_queued(self, call: Any) -> None:
         while True:
             while self._queue:
-                await call.write(worker_pb2.RouterMessage(commands=self._next_commands()))
+                message = worker_pb2.RouterMessage(commands=self._next_commands())
+                self._bytes.requests[_LINK] += message.ByteSize()
+                await call.write(message)
             self._queued.clear()
             await self._queued.wait()
 
@@ -217,7 +224,9 @@ class WorkerLinks:
         incarnation: int,
         listener: Listener,
         on_defect: Callable[[asyncio.Task[None]], None],
+        link_bytes: LinkBytes,
     ) -> None:
+        self._bytes = link_bytes
         self._settings = settings
         self._incarnation = incarnation
         self._listener = listener
@@ -243,8 +252,9 @@ class WorkerLinks:
         for worker_id, member in wanted.items():
             if worker_id not in self._links:
                 link = WorkerLink(
-                    member, self._settings, self._incarnation, self._listener, self._clock
-                )
+                    member, self._settings, self._incarnation, self._listener, self._clock,
+                    self._bytes,
+                )  # fmt: skip
                 task = asyncio.create_task(link.run())
                 task.add_done_callback(self._on_defect)
                 self._links[worker_id] = link, task

@@ -56,6 +56,7 @@ class Exchange:
         self._given: dict[int, list[bytes]] = {}
         """Outputs for each front of what was read at once: they go out in one message."""
         self._pulse = Pulse(PING_EVERY_S, ROUTER_HANGS_S)
+        self._front_request_bytes = self._front_response_bytes = 0
         reactor.on_readable(listener.fileno(), self._accept)
 
     # Told by the anchor
@@ -108,7 +109,7 @@ class Exchange:
         if self._router is None:
             return False
         if self._pulse.due(now_s):
-            self._to_router(anchor_link.Ping())
+            self._to_router(anchor_link.Ping(self._front_request_bytes, self._front_response_bytes))
         return self._pulse.stopped(now_s)
 
     # Fronts
@@ -122,6 +123,7 @@ class Exchange:
             self._broken_fronts.add(front)
 
     def _handle_front(self, front: int, kind: bytes, payload: bytes) -> None:
+        self._front_request_bytes += len(payload)
         if kind == enginecore.ADD:
             self._to_router(self._relay.add(front, payload))
         elif kind == enginecore.ABORT:
@@ -147,6 +149,7 @@ class Exchange:
 
     def _to_front(self, front: int, message: bytes) -> None:
         if link := self._fronts.get(front):
+            self._front_response_bytes += len(message)
             link.send(message, time.monotonic())
             self._watch_front(link)
 

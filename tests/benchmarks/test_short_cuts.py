@@ -39,6 +39,9 @@ def test_the_front_door() -> None:
     for process in ("edge", "front", "anchor", "router", "workers"):
         ((_, *cells),) = rows(report, process)
         assert len(cells) == 4
+    for link in ("client-edge", "front-anchor", "anchor-router", "router-worker"):
+        ((_, *cells),) = rows(report, f"{link}, requests")
+        assert all(float(cell.replace(",", "")) > 0 for cell in cells)
 
 
 @pytest.mark.slow

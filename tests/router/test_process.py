@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import signal
 import socket
 import subprocess
@@ -73,6 +74,40 @@ async def test_a_record_tells_what_happened(unit: Unit) -> None:
     assert second["prompt_use"]["computed_tokens"] <= 1
     assert (await unit.get("/requests/unknown"))[0] == 404
     assert "baton_unread_edge_lines_total 1.0" in (await unit.get("/metrics"))[1]
+
+
+async def link_bytes(unit: Unit) -> dict[tuple[str, str], float]:
+    text = (await unit.get("/metrics"))[1]
+    found = re.findall(
+        r'^baton_link_bytes_total{direction="(\w+)",link="([\w-]+)"} (\S+)$', text, re.MULTILINE
+    )
+    return {(link, direction): float(count) for direction, link, count in found}
+
+
+async def test_a_prompt_crosses_each_link_once_for_each_engine_that_needs_it(unit: Unit) -> None:
+    request = unit.request(1500, max_tokens=2)
+    payload_bytes = len(enginecore.encode(request))
+    before = await link_bytes(unit)
+    await unit.anchor.ask(request).whole()
+    after = await link_bytes(unit)
+
+    def added(link: str) -> float:
+        return after[link, "requests"] - before.get((link, "requests"), 0.0)
+
+    assert payload_bytes <= added("anchor-router") < 1.5 * payload_bytes
+    # It is handed over: a prefill and a decode worker need its tokens.
+    assert 2 * payload_bytes <= added("router-worker") < 2.5 * payload_bytes
+
+
+async def test_the_edge_tells_the_bytes_of_its_clients(unit: Unit) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as log:
+        log.connect(str(unit.paths.edge_log_socket))
+        log.send(b"v1\tticket=T1\tstatus=200\trequest_bytes=70\tresponse_bytes=-1\n")
+        log.send(b"v1\tticket=T2\tstatus=200\trequest_bytes=7\tresponse_bytes=5\n")
+        async with asyncio.timeout(10):
+            while (told := await link_bytes(unit)).get(("client-edge", "responses")) != 5.0:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert told["client-edge", "requests"] == 77.0
 
 
 async def test_health_metrics_and_workers(unit: Unit) -> None:
