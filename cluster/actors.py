@@ -22,6 +22,8 @@ BEAT_S: Final = 1.0
 SILENCE_S: Final = 8.0
 """One that does not answer for so long hangs: stopped, or stuck. The starts of others may hold its
 event loop up for 3 s."""
+STARTED_WITHIN_S: Final = 120.0
+"""For Ray to start a process, and for the process to answer first, on a machine with much to do."""
 LOOK_S: Final = 0.5
 
 
@@ -38,34 +40,49 @@ async def settle(reference: Any) -> None:
         logger.info("while stopping: %s", describe(error))
 
 
-async def until_it_hangs(actor: Any) -> str:
+async def until_it_ends(actor: Any) -> None:
+    """Raises RayError when it dies, with the reason that it gave; a lost connection is no death."""
+    while True:
+        try:
+            await ask(actor.run_until_closed.remote())
+        except ActorUnavailableError:
+            await asyncio.sleep(BEAT_S)
+
+
+async def until_it_hangs(actor: Any, first_answer_s: float = SILENCE_S) -> str:
     """Ask it again and again; when it hangs, kill its process and tell why.
 
-    Raises RayError when it dies. Before its first answer its process is still being started.
+    Raises RayError when it dies. Its first answer may take `first_answer_s`.
     """
-    node, pid = await ask(actor.beat.remote())
     clock = AwakeClock(time.monotonic())
-    answered_s = clock.time_s
+    answered_s, limit_s = clock.time_s, first_answer_s
+    process: tuple[str, int] | None = None
     beat: asyncio.Future[Any] = asyncio.ensure_future(ask(actor.beat.remote()))
-    while clock.time_s - answered_s < SILENCE_S:
-        await asyncio.wait({beat}, timeout=LOOK_S)
-        now_s = clock.look(time.monotonic())
-        if beat.done():
-            if _has_answered(beat):
-                answered_s = now_s
-            await asyncio.sleep(BEAT_S)
-            beat = asyncio.ensure_future(ask(actor.beat.remote()))
-    beat.cancel()
+    try:
+        while clock.time_s - answered_s < limit_s:
+            await asyncio.wait({beat}, timeout=LOOK_S)
+            now_s = clock.look(time.monotonic())
+            if beat.done():
+                if (answer := _answer(beat)) is not None:
+                    process, answered_s, limit_s = answer, now_s, SILENCE_S
+                await asyncio.sleep(BEAT_S)
+                beat = asyncio.ensure_future(ask(actor.beat.remote()))
+    finally:
+        beat.cancel()
+    if process is None:
+        return f"it hung: its actor did not answer for {limit_s:.0f} s"
+    node, pid = process
     _kill(node, pid)
     return f"it hung: its actor (pid {pid}) did not answer for {SILENCE_S:.0f} s"
 
 
-def _has_answered(beat: asyncio.Future[Any]) -> bool:
+def _answer(beat: asyncio.Future[Any]) -> tuple[str, int] | None:
+    """Node and pid; None: it may be the connection."""
     try:
-        beat.result()
+        node, pid = beat.result()
     except ActorUnavailableError:
-        return False  # It may be the connection.
-    return True
+        return None
+    return node, pid
 
 
 def _kill(node: str, pid: int) -> None:

@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,7 +20,15 @@ import ray
 from ray.exceptions import RayError
 
 from cluster import engine_defaults
-from cluster.actors import ask, describe, settle, until_it_hangs
+from cluster.actors import (
+    SILENCE_S,
+    STARTED_WITHIN_S,
+    ask,
+    describe,
+    settle,
+    until_it_ends,
+    until_it_hangs,
+)
 from cluster.admin_api import AdminApi
 from cluster.config import Config
 from cluster.pools import BecameReady, Begun, Died, Event, Pools, Slot, Start, Tick, role_of
@@ -193,7 +201,9 @@ class Supervisor:
             return
         self._actors[start.worker_id] = actor
         began_s = time.monotonic()
-        address = await self._outlived(start.worker_id, actor, actor.start.remote())
+        address = await self._outlived(
+            start.worker_id, actor, ask(actor.start.remote()), STARTED_WITHIN_S
+        )
         if address is None:
             return
         self._admit(address)
@@ -203,12 +213,14 @@ class Supervisor:
 
     async def _watch(self, worker_id: WorkerId, actor: Any) -> None:
         """Wait for its end: the pending call fails at once."""
-        await self._outlived(worker_id, actor, actor.run_until_closed.remote())
+        await self._outlived(worker_id, actor, until_it_ends(actor), SILENCE_S)
 
-    async def _outlived(self, worker_id: WorkerId, actor: Any, call: Any) -> Any | None:
+    async def _outlived(
+        self, worker_id: WorkerId, actor: Any, call: Coroutine[Any, Any, Any], first_answer_s: float
+    ) -> Any | None:
         """What the call answers; None: the worker failed, died or hung before, and is buried."""
-        answer = asyncio.ensure_future(ask(call))
-        hang = asyncio.ensure_future(until_it_hangs(actor))
+        answer = asyncio.ensure_future(call)
+        hang = asyncio.ensure_future(until_it_hangs(actor, first_answer_s))
         await asyncio.wait({answer, hang}, return_when=asyncio.FIRST_COMPLETED)
         try:
             # The call of one that hung and was killed has failed, too, but does not know why.

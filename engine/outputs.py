@@ -13,9 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from protos import enginecore, worker_pb2
-from protos.enginecore import EngineOutput
-
-_NIL: Final = EngineOutput("", []).new_logprobs
+from protos.enginecore import NIL, EngineOutput
 
 _FINISH: Final = {
     enginecore.FINISH_STOP: worker_pb2.STOP,
@@ -85,13 +83,18 @@ def _says_only_tokens(made: EngineOutput | None) -> bool:
     # One after the other, since all tokens pass here.
     return (
         made is not None
-        and made.new_logprobs == _NIL
-        and made.new_prompt_logprobs_tensors == _NIL
-        and made.events == _NIL
-        and made.routed_experts == _NIL
-        and made.new_sampling_mask == _NIL
-        and made.spec_decode_metrics == _NIL
-        and made.prompt_token_id_logprobs == _NIL
+        and made.new_logprobs is NIL
+        and made.new_prompt_logprobs_tensors is NIL
+        and made.pooling_output is NIL
+        and made.events is NIL
+        and made.ec_transfer_params is None
+        and made.trace_headers is None
+        and made.routed_experts is NIL
+        and made.num_nans_in_logits == 0
+        and made.mm_cache_miss_hashes is None
+        and made.new_sampling_mask is NIL
+        and made.spec_decode_metrics is NIL
+        and made.prompt_token_id_logprobs is NIL
     )
 
 
@@ -108,6 +111,8 @@ def read(
     """What the engine made, for routers and fronts. Takes `made` over."""
     # The front sees one request under its own id, however many engines worked on it.
     made.request_id = front_request_id
+    # It is kept until its request ends; the message that it came in had those of all streams.
+    enginecore.detach(made)
     output = Output(request_key, attempt, first_position, made)
     if made.finish_reason is not None:
         _read_end(output, made, hand_off)

@@ -1,8 +1,8 @@
 """The worker: an engine on one side, routers on the other, over gRPC.
 
-One message per engine step and router carries all its new tokens and the worker's load. A router
-that reads slowly gets the outputs of several steps in one message; none waits for another, and none
-makes the worker keep more for it than its requests' outputs.
+At most one message per engine step and router carries all its new tokens and the worker's load. A
+router that reads slowly gets the outputs of several steps in one message; none waits for another,
+and none makes the worker keep more for it than its requests' outputs.
 """
 
 from __future__ import annotations
@@ -195,6 +195,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             with contextlib.suppress(grpc.RpcError):
                 async for message in messages:
+                    if self._links.get(link.router_id) is not link:
+                        return  # Its successor has attached; what comes late is fenced.
                     for command in message.commands:
                         self._handle(link, command)
         finally:

@@ -29,7 +29,8 @@ FINISH_ABORT: Final = 2
 FINISH_ERROR: Final = 3
 FINISH_REPETITION: Final = 4
 
-_NIL: Final = Raw(b"\xc0")
+NIL: Final = Raw(b"\xc0")
+"""What passes through and is not there."""
 
 
 class EngineRequest(Struct, array_like=True, omit_defaults=True, gc=False):
@@ -81,22 +82,38 @@ class EngineOutput(Struct, array_like=True, omit_defaults=True, gc=False):
 
     request_id: str
     new_token_ids: list[int]
-    new_logprobs: Raw = _NIL
-    new_prompt_logprobs_tensors: Raw = _NIL
-    pooling_output: Raw = _NIL
+    new_logprobs: Raw = NIL
+    new_prompt_logprobs_tensors: Raw = NIL
+    pooling_output: Raw = NIL
     finish_reason: int | None = None
     stop_reason: int | str | None = None
-    events: Raw = _NIL
+    events: Raw = NIL
     kv_transfer_params: dict[str, Any] | None = None
     ec_transfer_params: dict[str, Any] | None = None
     trace_headers: dict[str, str] | None = None
     prefill_stats: PrefillStats | None = None
-    routed_experts: Raw = _NIL
+    routed_experts: Raw = NIL
     num_nans_in_logits: int = 0
     mm_cache_miss_hashes: list[str] | None = None
-    new_sampling_mask: Raw = _NIL
-    spec_decode_metrics: Raw = _NIL
-    prompt_token_id_logprobs: Raw = _NIL
+    new_sampling_mask: Raw = NIL
+    spec_decode_metrics: Raw = NIL
+    prompt_token_id_logprobs: Raw = NIL
+
+
+_RAW_FIELDS: Final = tuple(
+    name for name in EngineOutput.__struct_fields__ if getattr(EngineOutput("", []), name) is NIL
+)
+
+
+def detach(output: EngineOutput) -> None:
+    """Let it stand without the message that it was decoded from, which its parts are views of.
+
+    What is not there is then `NIL` itself.
+    """
+    for name in _RAW_FIELDS:
+        value = getattr(output, name)
+        if value is not NIL:
+            setattr(output, name, NIL if value == NIL else value.copy())
 
 
 class UtilityOutput(Struct, array_like=True, gc=False):

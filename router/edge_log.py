@@ -10,13 +10,14 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 from protos.ids import TicketId
 from router.core.events import EdgeEnded
 from router.metrics import LinkBytes
 
-_LINK = "client-edge"
-LONGEST_LINE_BYTES = 64 * 1024
+_LINK: Final = "client-edge"
+LONGEST_LINE_BYTES: Final = 64 * 1024
 _FIELD = re.compile(r"(?:^|\s)(\w+)=(\S+)")
 
 
@@ -30,7 +31,7 @@ def ended_of(fields: Mapping[str, str]) -> EdgeEnded | None:
     ticket, status = fields.get("ticket", "-"), fields.get("status")
     if ticket == "-" or status is None:
         return None
-    return EdgeEnded(TicketId(ticket), status, fields.get("end", fields.get("term", "")))
+    return EdgeEnded(TicketId(ticket), status, fields.get("end", ""))
 
 
 class EdgeLog:

@@ -125,7 +125,7 @@ def answer(
             f", not {fields[DEADLINE_FIELD]}."
         )
         return TicketRefused(400, None, message)
-    return decide(TicketAsked(mint.issue(wall_s, deadline_ms), method, path, fields))
+    return decide(TicketAsked(mint.issue(wall_s, deadline_ms), method, path))
 
 
 def _deadline_ms(fields: Mapping[str, str]) -> int:

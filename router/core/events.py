@@ -6,7 +6,7 @@ as frozen dataclasses; a command that is a message of the anchor's link is that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TypeAlias
@@ -145,7 +145,6 @@ class TicketAsked:
     ticket: TicketId
     method: str
     path: str
-    fields: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -93,7 +92,6 @@ class TicketStory:
     asked_s: float
     method: str = ""
     path: str = ""
-    fields: Mapping[str, str] = field(default_factory=dict)
     edge_end: EdgeEnded | None = None
     requests: list[Record] = field(default_factory=list)
 
@@ -130,12 +128,10 @@ class RecordBook:
         self._kept = kept
         self._stories: OrderedDict[str, TicketStory] = OrderedDict()
 
-    def open_ticket(
-        self, now_s: float, ticket: TicketId, method: str, path: str, fields: Mapping[str, str]
-    ) -> None:
+    def open_ticket(self, now_s: float, ticket: TicketId, method: str, path: str) -> None:
         """The edge was given a ticket."""
         if path not in _WITHOUT_ENGINE:
-            self._add(TicketStory(ticket, now_s, method, path, fields))
+            self._add(TicketStory(ticket, now_s, method, path))
 
     def add(self, ticket: TicketId | None, record: Record) -> TicketStory:
         """A request came with this ticket, or without a valid one."""

@@ -161,7 +161,7 @@ class RouterCore:
             message = f"{self.settings.max_requests} requests are under way; try again later."
             return TicketRefused(429, BUSY_RETRY_AFTER_S, message)
         self.moves.counts.tickets += 1
-        self.book.open_ticket(now_s, event.ticket, event.method, event.path, event.fields)
+        self.book.open_ticket(now_s, event.ticket, event.method, event.path)
         return TicketGranted(event.ticket)
 
     def _worker_may_come(self, now_s: float) -> bool:

@@ -30,9 +30,9 @@ import msgspec
 
 from router.settings import UnitPaths, UnitSettings, load_unit
 from router.unit import edge, fronts, grpc_launch
-from router.unit.children import Child, Command, start_time
+from router.unit.children import Child, Command, cpu_time_s, start_time
 from router.unit.exchange import Exchange
-from router.unit.probe import FrontProbe
+from router.unit.probe import Probe
 from router.unit.reactor import Reactor
 
 _log = logging.getLogger("anchor")
@@ -75,7 +75,13 @@ class Anchor:
         commands = self._commands(settings, port)
         self._children = {name: Child(name, paths.logs, commands[name]) for name in commands}
         self._fronts = {_front_name(front): front for front in self._kinds}
-        self._probes: dict[int, FrontProbe] = {}
+        self._probed = {
+            _front_name(front): (paths.front_socket(front, "http"), "/health", 200)
+            for front in self._kinds
+        }
+        # The edge's own answer, whatever is behind it.
+        self._probed["edge"] = (paths.edge_socket, "/", 404)
+        self._probes: dict[str, Probe] = {}
         self._wakeup = _wake_on_signals(self._stop)
         self._reactor.on_readable(self._wakeup.fileno(), self._drain_wakeup)
 
@@ -111,10 +117,10 @@ class Anchor:
         self._exchange.end_orphans(now_s)
         for front in self._exchange.fronts_to_end(now_s):
             self._children[_front_name(front)].send_signal(signal.SIGKILL)
-        for front, probe in self._probes.items():
+        for name, probe in self._probes.items():
             if probe.hangs(now_s):
-                _log.error("front %d answers nothing; it is ended", front)
-                self._children[_front_name(front)].send_signal(signal.SIGKILL)
+                _log.error("%s answers nothing; it is ended", name)
+                self._children[name].send_signal(signal.SIGKILL)
         if self._exchange.router_hangs(now_s):
             _log.error("the router answers nothing; it is ended")
             self._children["router"].send_signal(signal.SIGKILL)
@@ -130,17 +136,27 @@ class Anchor:
                 _log.warning("%s ended with status %d", child.name, status)
                 if front is not None:
                     self._exchange.front_ended(front)
-                    self._probes.pop(front).close()
+                if child.name in self._probes:
+                    self._probes.pop(child.name).close()
                 changed = True
             if child.due_s is not None and child.due_s <= now_s:
-                if child.start(now_s) and front is not None:
-                    self._exchange.front_started(front)
-                    http_socket = self._paths.front_socket(front, "http")
-                    self._probes[front] = FrontProbe(http_socket, self._reactor)
+                if child.start(now_s):
+                    self._started(child, front)
                 changed = True
             child.keep_standby(now_s)
         if changed:
             self._save_state()
+
+    def _started(self, child: Child, front: int | None) -> None:
+        if front is not None:
+            self._exchange.front_started(front)
+        elif child.name == "router":
+            self._exchange.router_started()
+        if child.name in self._probed:
+            where = self._probed[child.name]
+            self._probes[child.name] = Probe(
+                self._reactor, *where, cpu_s=lambda: cpu_time_s(child.pid)
+            )
 
     def _save_state(self) -> None:
         pid = os.getpid()

@@ -29,6 +29,8 @@ _PAUSES_PER_SETTLED: Final = 4
 """The longest pause is a quarter of it: by default well under the 3 s for which the edge waits for
 a ticket."""
 
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+
 # Looked up before any fork: between fork and exec nothing may be loaded.
 _prctl: Final = ctypes.CDLL(None, use_errno=True).prctl
 
@@ -59,6 +61,16 @@ def start_time(pid: int) -> int | None:
     # The second field is the name in brackets, which may hold anything; the 22nd is meant.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def cpu_time_s(pid: int | None) -> float:
+    """What it has used so far; 0 if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 class Child:

@@ -32,6 +32,9 @@ ROUTER_SETTLED_S: Final = 2.0
 """A router works once it has delivered something, or has lived for this long: one whose defect is
 tied to a request under way dies at once, and so do all that follow."""
 PING_EVERY_S: Final = 1.0
+ROUTER_GREETS_S: Final = 10.0
+"""For a router that was started, or lost its connection, to say hello; one may have been stopped
+while it stood by. Longer than it takes to load."""
 ROUTER_HANGS_S: Final = 5.0
 """A router that leaves a ping unanswered for this long is to be ended."""
 FRONT_STALLED_S: Final = 5.0
@@ -56,6 +59,7 @@ class Exchange:
         self._given: dict[int, list[bytes]] = {}
         """Outputs for each front of what was read at once: they go out in one message."""
         self._pulse = Pulse(PING_EVERY_S, ROUTER_HANGS_S)
+        self._greeting = Pulse(PING_EVERY_S, ROUTER_GREETS_S)
         self._front_request_bytes = self._front_response_bytes = 0
         reactor.on_readable(listener.fileno(), self._accept)
 
@@ -104,10 +108,15 @@ class Exchange:
             _log.error("no router: %d requests of front %d end in error", len(payloads), front)
             self._to_front(front, enginecore.relay_outputs(payloads, time.monotonic()))
 
+    def router_started(self) -> None:
+        """A process that is to connect."""
+        self._greeting = Pulse(PING_EVERY_S, ROUTER_GREETS_S)
+
     def router_hangs(self, now_s: float) -> bool:
-        """Whether the router is to be ended: it is connected, and answers no ping."""
+        """Whether the router is to be ended: it does not connect, or answers no ping."""
         if self._router is None:
-            return False
+            self._greeting.due(now_s)
+            return self._greeting.stopped(now_s)
         if self._pulse.due(now_s):
             self._to_router(anchor_link.Ping(self._front_request_bytes, self._front_response_bytes))
         return self._pulse.stopped(now_s)
@@ -257,3 +266,4 @@ class Exchange:
         link.close()
         if link is self._router:
             self._router = None
+            self.router_started()

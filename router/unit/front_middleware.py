@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from router.unit.front_requests import (
@@ -31,6 +32,10 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 COMMENT: Final = b": keep-alive\n\n"
 _ERROR_EVENT: Final = b"event: error\n"
 _TICKET_HEADER: Final = b"x-request-id"
+BODY_S: Final = 300.0
+"""For a whole body, however small its parts."""
+HELD_BODIES: Final = 16
+"""As much as so many of the largest may lie in memory, waiting for their rest or an answer."""
 _READ_TIMES: Final = 2
 """So much of a body that is too large is read: most clients look for an answer only when they have
 sent all."""
@@ -43,23 +48,33 @@ class FrontMiddleware:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._keep_alive_s = keep_alive_s
+        self._bodies = _Bodies(HELD_BODIES * max_body_bytes)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if scope["method"] == "POST":
-            body = await self._read_body(receive)
-            if body is None:
-                return  # The client left.
-            if isinstance(body, bytes):
-                body = check(path, body, _ticket(scope))
-            if isinstance(body, Refusal):
-                await _refuse(send, path, body)
-                return
-            receive = _replayed(body, receive)
-        response = _Response(send, path, self._keep_alive_s)
+        hold = _Hold(self._bodies)
+        try:
+            if scope["method"] == "POST":
+                body = await self._read_body(receive, hold)
+                if body is None:
+                    return  # The client left.
+                if isinstance(body, bytes):
+                    body = check(path, body, _ticket(scope))
+                if isinstance(body, Refusal):
+                    await _refuse(send, path, body)
+                    return
+                receive = _replayed(body, receive)
+            await self._respond(scope, receive, send, hold)
+        finally:
+            hold.release()
+
+    async def _respond(
+        self, scope: MutableMapping[str, Any], receive: Receive, send: Send, hold: _Hold
+    ) -> None:
+        response = _Response(send, scope["path"], self._keep_alive_s, hold.release)
         try:
             await self._app(scope, receive, response.send)
         except Exception as error:
@@ -68,7 +83,14 @@ class FrontMiddleware:
         finally:
             await response.close()
 
-    async def _read_body(self, receive: Receive) -> bytes | Refusal | None:
+    async def _read_body(self, receive: Receive, hold: _Hold) -> bytes | Refusal | None:
+        try:
+            async with asyncio.timeout(BODY_S):
+                return await self._read_whole_body(receive, hold)
+        except TimeoutError:
+            return Refusal(408, f"The body did not come within {BODY_S:.0f} s.")
+
+    async def _read_whole_body(self, receive: Receive, hold: _Hold) -> bytes | Refusal | None:
         parts: list[bytes] = []
         read_bytes = 0
         more = True
@@ -81,6 +103,8 @@ class FrontMiddleware:
             if read_bytes > self._max_body_bytes:
                 parts.clear()
             else:
+                if not hold.take(len(part)):
+                    return Refusal(503, "Too many large requests are being read; try again.")
                 parts.append(part)
             more = message.get("more_body", False)
         if read_bytes > self._max_body_bytes:
@@ -88,10 +112,42 @@ class FrontMiddleware:
         return b"".join(parts)
 
 
+@dataclass(slots=True)
+class _Bodies:
+    """The bodies of all requests, each from its first part until its answer begins."""
+
+    limit_bytes: int
+    held_bytes: int = 0
+
+
+class _Hold:
+    """One request's share."""
+
+    def __init__(self, bodies: _Bodies) -> None:
+        self._bodies = bodies
+        self._bytes = 0
+
+    def take(self, size_bytes: int) -> bool:
+        """Whether there is room for so much more."""
+        if self._bodies.held_bytes + size_bytes > self._bodies.limit_bytes:
+            return False
+        self._bodies.held_bytes += size_bytes
+        self._bytes += size_bytes
+        return True
+
+    def release(self) -> None:
+        """Give it all back; repeated calls do nothing."""
+        self._bodies.held_bytes -= self._bytes
+        self._bytes = 0
+
+
 class _Response:
     """One response on its way: a silent stream gets comments, one that fails an error event."""
 
-    def __init__(self, send: Send, path: str, keep_alive_s: float) -> None:
+    def __init__(
+        self, send: Send, path: str, keep_alive_s: float, on_begin: Callable[[], None]
+    ) -> None:
+        self._on_begin = on_begin
         self._send = send
         self._path = path
         self._keep_alive_s = keep_alive_s
@@ -118,6 +174,7 @@ class _Response:
             await self._send(message)
 
     async def _begin(self, message: Message) -> None:
+        self._on_begin()
         if message["status"] >= 400 and is_anthropic(self._path):
             self._start = message
             return
@@ -193,7 +250,9 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def _refuse(send: Send, path: str, refusal: Refusal) -> None:
-    await _answer(send, refusal.status, error_body(path, refusal), close=refusal.status == 413)
+    await _answer(
+        send, refusal.status, error_body(path, refusal), close=refusal.status in (408, 413, 503)
+    )
 
 
 async def _answer(send: Send, status: int, body: bytes, close: bool = False) -> None:
@@ -203,5 +262,7 @@ async def _answer(send: Send, status: int, body: bytes, close: bool = False) -> 
     ]
     if close:
         headers.append((b"connection", b"close"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

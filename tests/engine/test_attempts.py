@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import islice
 from typing import Any
 
@@ -314,3 +315,26 @@ def test_what_was_sent_merged_is_sent_again_from_any_position() -> None:
     attempts.resend(attempt, 3)
     (again,) = attempt.take_unsent()
     assert (again.first_position, again.token_ids) == (3, [3, 4, 5])
+
+
+def test_what_is_kept_of_one_stream_keeps_nothing_of_its_neighbours() -> None:
+    """Parts of a decoded message are views of all of it."""
+    steps, neighbour_bytes = 100, 100_000
+    attempts = Attempts(10_000)
+    request, _ = attempts.submit("r", submit(1, logprobs=1))
+    assert request is not None
+    logprobs = msgspec.Raw(msgspec.msgpack.encode(bytes(10)))
+    own = EngineOutput(request.request_id, [1], new_logprobs=logprobs)
+    much = msgspec.Raw(msgspec.msgpack.encode(bytes(neighbour_bytes)))
+    neighbour = EngineOutput("b", [1], new_logprobs=much)
+    step = enginecore.encode(enginecore.EngineOutputs(outputs=[own, neighbour]))
+    tracemalloc.start()
+    for _ in range(steps):
+        for output in enginecore.decode_outputs(bytes(bytearray(step))).outputs:
+            attempts.record(output)
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept_bytes < steps * neighbour_bytes / 10
+    kept = next(iter(attempts.of_router("r"))).outputs
+    assert len(kept) == steps
+    assert all(output.made is not None and output.made.new_logprobs == logprobs for output in kept)

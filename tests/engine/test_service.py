@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from engine.router_link import RouterLink
 from engine.service import GRPC_OPTIONS, LAST_WORDS_STATUS, WorkerService
 from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
@@ -225,3 +226,21 @@ async def test_figures_come_under_vllms_names(address: str) -> None:
             assert values["vllm:num_requests_running"] == 0
             break
     await router.close()
+
+
+async def test_what_comes_late_on_a_superseded_link_is_not_carried_out() -> None:
+    spec = WorkerSpec(
+        WorkerId("decode-0"), "decode", "simulated", "none", "/nonexistent", TOKEN,
+        simulated=SimulatedTiming(0.001, 0.0, 0.0, 0.0),
+    )  # fmt: skip
+    service = WorkerService(spec, SimulatedEngine(spec))
+    await service.start()
+
+    async def late() -> AsyncIterator[worker_pb2.RouterMessage]:
+        yield worker_pb2.RouterMessage(commands=[worker_pb2.Command(submit=submit())])
+
+    try:
+        await service._read(RouterLink("r", 1), late())
+        assert service.status()["attempts"] == 0
+    finally:
+        await service.stop()

@@ -167,7 +167,7 @@ def test_no_ticket_beyond_the_limit() -> None:
     drive = Drive(replace(SETTINGS, max_requests=2))
     drive.members(("d", "decode"))
     drive.up("d")
-    asked = TicketAsked(TICKET, "POST", "/v1/completions", {})
+    asked = TicketAsked(TICKET, "POST", "/v1/completions")
     drive.arrive("a", prompt_tokens=4)
     assert drive.feed(asked) == [TicketGranted(TICKET)]
     drive.arrive("b", prompt_tokens=4)

@@ -326,7 +326,7 @@ def test_an_end_that_is_sent_again_with_known_tokens_still_ends_it(drive: Drive)
 
 def test_tickets_are_refused_while_nobody_can_serve() -> None:
     drive = Drive()
-    asked = TicketAsked(TICKET, "POST", "/v1/completions", {})
+    asked = TicketAsked(TICKET, "POST", "/v1/completions")
     refused = TicketRefused(503, 5, "No worker can serve the request now.")
     assert drive.feed(asked) == [refused]
     drive.members(("d", "decode"))
@@ -345,7 +345,7 @@ def test_tickets_are_refused_while_nobody_can_serve() -> None:
 
 
 def test_the_record_tells_decisions_attempts_and_end(drive: Drive) -> None:
-    drive.feed(TicketAsked(TICKET, "POST", "/v1/completions", {"content-length": "9"}))
+    drive.feed(TicketAsked(TICKET, "POST", "/v1/completions"))
     handed_off(drive)
     drive.step("d", output(2, 2, [3], finish=Finish.LENGTH))
     story = drive.core.book.find(f"cmpl-{TICKET}-0")
@@ -372,6 +372,6 @@ def test_records_are_bounded_and_those_under_way_stay(drive: Drive) -> None:
     drive.arrive("first", prompt_tokens=4)
     for number in range(SETTINGS.kept_records + 50):
         ticket = TicketId(f"{number:032x}")
-        drive.feed(TicketAsked(ticket, "POST", "/", {}))
+        drive.feed(TicketAsked(ticket, "POST", "/"))
     assert drive.core.book.find(TICKET) is not None
     assert drive.core.book.find(f"{0:032x}") is None

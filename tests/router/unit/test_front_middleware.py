@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from router.unit.front_middleware import COMMENT, App, FrontMiddleware, Message, Receive, Send
+from router.unit import front_middleware
+from router.unit.front_middleware import (
+    COMMENT,
+    HELD_BODIES,
+    App,
+    FrontMiddleware,
+    Message,
+    Receive,
+    Send,
+)
 
 SILENCE_S = 0.1
 MAX_BODY_BYTES = 100
@@ -224,3 +233,49 @@ async def test_vllms_errors_on_anthropics_paths_are_put_into_their_form() -> Non
     assert json.loads(b"".join(client.bodies))["error"] == {
         "type": "not_found_error", "message": "no such model"
     }  # fmt: skip
+
+
+class Slow(Client):
+    """Sends its last part when it is told to."""
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        super().__init__(parts)
+        self.go_on = asyncio.Event()
+
+    async def receive(self) -> Message:
+        if len(self.waiting) == 1:
+            await self.go_on.wait()
+        return await super().receive()
+
+
+BODY = json.dumps({"prompt": "x" * (MAX_BODY_BYTES - 20)}).encode().ljust(MAX_BODY_BYTES)
+
+
+async def test_bodies_that_wait_for_their_rest_take_a_limited_room_together() -> None:
+    echo = Echo()
+    middleware = FrontMiddleware(echo, MAX_BODY_BYTES, SILENCE_S)
+    slow = [Slow([BODY[:-1], BODY[-1:]]) for _ in range(HELD_BODIES)]
+    running = [
+        asyncio.create_task(middleware(each.scope, each.receive, each.send)) for each in slow
+    ]
+    await asyncio.sleep(0)
+    late = Client([BODY, b""])
+    await middleware(late.scope, late.receive, late.send)
+    assert late.status == 503
+    assert (b"retry-after", b"1") in late.sent[0]["headers"]
+    for each in slow:
+        each.go_on.set()
+    await asyncio.gather(*running)
+    assert [each.status for each in slow] == [200] * HELD_BODIES
+    # What they took is free again.
+    again = Client([BODY])
+    await middleware(again.scope, again.receive, again.send)
+    assert again.status == 200
+
+
+async def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_middleware, "BODY_S", 0.05)
+    echo, slow = Echo(), Slow([b"{", b"}"])
+    await slow.ask(echo)
+    assert slow.status == 408
+    assert echo.calls == 0

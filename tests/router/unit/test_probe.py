@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from router.unit.probe import ASK_EVERY_S, FRONT_HANGS_S, FrontProbe
+from router.unit.probe import ASK_EVERY_S, HANGS_S, MOST_SILENCES, Probe
 from router.unit.reactor import Reactor
 
 HEALTHY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -25,7 +25,9 @@ class Rig:
         self.listener.listen(1)
         self.listener.settimeout(5)
         self.reactor = Reactor()
-        self.probe = FrontProbe(path, self.reactor)
+        self.cpu_s = 0.0
+        self.computes = False
+        self.probe = Probe(self.reactor, path, "/health", 200, lambda: self.cpu_s)
         self.now_s = 0.0
 
     def answer(self, with_bytes: bytes) -> None:
@@ -45,6 +47,7 @@ class Rig:
                 return self.now_s - began_s
             self.reactor.turn(0)
             self.now_s += LOOK_S
+            self.cpu_s += LOOK_S / 2 if self.computes else 0.0
         return None
 
 
@@ -61,7 +64,7 @@ def test_one_that_was_healthy_and_falls_silent_hangs(rig: Rig) -> None:
         rig.answer(HEALTHY)
     found_s = rig.silent_for_s(100)
     assert found_s is not None
-    assert FRONT_HANGS_S <= found_s < FRONT_HANGS_S + 3 * LOOK_S
+    assert HANGS_S <= found_s < HANGS_S + 3 * LOOK_S
 
 
 def test_one_that_loads_may_take_its_time(rig: Rig) -> None:
@@ -83,3 +86,28 @@ def test_one_whose_backlog_is_full_hangs(rig: Rig) -> None:
     assert rig.silent_for_s(100) is not None
     for client in crowd:
         client.close()
+
+
+def test_one_that_computes_gets_more_time_but_not_for_ever(rig: Rig) -> None:
+    rig.answer(HEALTHY)
+    rig.computes = True
+    found_s = rig.silent_for_s(1000)
+    assert found_s is not None
+    assert MOST_SILENCES * HANGS_S <= found_s < MOST_SILENCES * (HANGS_S + 3 * LOOK_S)
+
+
+def test_one_that_answers_after_it_computed_begins_anew(rig: Rig) -> None:
+    rig.answer(HEALTHY)
+    rig.computes = True
+    assert rig.silent_for_s((MOST_SILENCES - 1) * HANGS_S) is None
+    connection, _ = rig.listener.accept()
+    connection.close()
+    rig.reactor.turn(5)
+    rig.now_s += ASK_EVERY_S
+    assert rig.silent_for_s((MOST_SILENCES - 1) * HANGS_S) is None
+
+
+def test_one_whose_socket_is_gone_is_asked_again(rig: Rig) -> None:
+    rig.answer(HEALTHY)
+    Path(rig.listener.getsockname()).unlink()
+    assert rig.silent_for_s(100) is not None

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from running_unit import MODEL_NAME, Unit, build_model, eventually
+from running_unit import FAKE_ROUTER, MODEL_NAME, Unit, build_model, eventually
 
 from router.unit.children import start_time
-from router.unit.probe import ASK_EVERY_S, FRONT_HANGS_S
+from router.unit.exchange import ROUTER_GREETS_S
+from router.unit.probe import ASK_EVERY_S, HANGS_S
 
 PROMPT = "the quick brown fox. "
 PACE_S = 0.01
@@ -220,7 +222,31 @@ def test_a_stopped_front_is_ended(unit: Unit) -> None:
     stopped = unit.pid("fast")
     assert stopped is not None
     os.kill(stopped, signal.SIGSTOP)
-    eventually(lambda: unit.pid("fast") not in (None, stopped), 3 * FRONT_HANGS_S)
+    eventually(lambda: unit.pid("fast") not in (None, stopped), 3 * HANGS_S)
+    eventually(unit.serves)
+
+
+def test_a_stopped_edge_is_ended(unit: Unit) -> None:
+    time.sleep(2 * ASK_EVERY_S)
+    stopped = unit.pid("edge")
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    eventually(lambda: unit.pid("edge") not in (None, stopped), 3 * HANGS_S)
+    eventually(unit.serves)
+
+
+def test_a_router_that_was_stopped_while_it_stood_by_is_ended(unit: Unit) -> None:
+    """It never says hello."""
+
+    def standby() -> int | None:
+        children = psutil.Process(unit.anchor.pid).children()
+        routers = [p.pid for p in children if str(FAKE_ROUTER) in p.cmdline()]
+        return next((pid for pid in routers if pid != unit.pid("router")), None)
+
+    stopped = eventually(standby)
+    os.kill(stopped, signal.SIGSTOP)
+    unit.kill("router")
+    eventually(lambda: not psutil.pid_exists(stopped), 3 * ROUTER_GREETS_S)
     eventually(unit.serves)
 
 
