@@ -37,6 +37,8 @@ from router.unit.reactor import Reactor
 
 _log = logging.getLogger("anchor")
 
+ROUTER_STANDBYS: Final = 2
+"""One more than a death needs: the next is loaded later, when the streams have caught up."""
 ROUTER_SETTLED_S: Final = 0.5
 """Streams stand still while there is no router; one that fails does so sooner."""
 END_GRACE_S: Final = 3.0
@@ -91,7 +93,9 @@ class Anchor:
         environment = {**os.environ, **settings.environment}
         router = [*settings.router_command, str(paths.directory), "--standby"]
         commands = {
-            "router": Command(router, environment, standby=True, settled_s=ROUTER_SETTLED_S)
+            "router": Command(
+                router, environment, standbys=ROUTER_STANDBYS, settled_s=ROUTER_SETTLED_S
+            )
         }
         for front, kind in self._kinds.items():
             descriptors = [listener.fileno() for listener in self._held[front]]

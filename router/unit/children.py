@@ -1,7 +1,7 @@
 """The processes that the anchor keeps running: start, end, back-off, and dying with the anchor.
 
-A child may have a standby: a second process that has loaded all it needs and waits for a byte on
-its standard input, so that its start takes no time.
+A child may have standbys: processes that have loaded all they need and wait for a byte on their
+standard input, so that its next start takes no time.
 
 Boundary: what a command is and what its end means is decided elsewhere.
 """
@@ -22,7 +22,7 @@ _log = logging.getLogger("anchor")
 
 _PR_SET_PDEATHSIG: Final = 1
 _FIRST_PAUSE_S: Final = 0.1
-_STANDBY_AFTER_S: Final = 0.2
+_STANDBY_AFTER_S: Final = 1.0
 """The process itself goes first: streams may wait for it."""
 _SETTLED_S: Final = 2.0
 _PAUSES_PER_SETTLED: Final = 4
@@ -41,8 +41,9 @@ class Command(NamedTuple):
     arguments: Sequence[str]
     environment: Mapping[str, str]
     descriptors: Sequence[int] = ()
-    standby: bool = False
-    """It waits for a byte on its standard input before it does anything that others see."""
+    standbys: int = 0
+    """How many more of it wait, for a byte on their standard input, before they do anything that
+    others see."""
     settled_s: float = _SETTLED_S
     """A process that lived as long as this is started again at once; longer than a failing start
     takes, else one that can't start is started again and again without a pause."""
@@ -82,7 +83,8 @@ class Child:
         self._log_path = logs / f"{name}.log"
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
-        self._standby: subprocess.Popen[bytes] | None = None
+        self._standbys: list[subprocess.Popen[bytes]] = []
+        """The oldest first."""
         self._standby_due_s = 0.0
         self._started_s = 0.0
         self._pause_s = 0.0
@@ -95,7 +97,7 @@ class Child:
 
     def start(self, now_s: float) -> bool:
         """Whether it runs now. A command that can't be run is tried again like one that ended."""
-        self._process, self._standby = self._standby or self._spawn(), None
+        self._process = self._standbys.pop(0) if self._standbys else self._spawn()
         self._started_s = now_s
         self._standby_due_s = now_s + _STANDBY_AFTER_S
         self.due_s = None
@@ -111,13 +113,15 @@ class Child:
 
     def keep_standby(self, now_s: float) -> None:
         """Have one wait soon after the process itself started; notice one that ended."""
-        if self._standby is not None and self._standby.poll() is not None:
-            self._standby = None
+        alive = [each for each in self._standbys if each.poll() is None]
+        if len(alive) < len(self._standbys):
+            self._standbys = alive
             self._standby_due_s = now_s + _SETTLED_S
-        wanted = self._command.standby and self._process is not None
-        if wanted and self._standby is None and now_s >= self._standby_due_s:
-            self._standby = self._spawn()
-            self._standby_due_s = now_s + _SETTLED_S
+        wanted = self._command.standbys if self._process is not None else 0
+        if len(self._standbys) < wanted and now_s >= self._standby_due_s:
+            if (spawned := self._spawn()) is not None:
+                self._standbys.append(spawned)
+            self._standby_due_s = now_s + _STANDBY_AFTER_S
 
     def _spawn(self) -> subprocess.Popen[bytes] | None:
         """None if the command can't be run."""
@@ -130,7 +134,7 @@ class Child:
                 return subprocess.Popen(
                     command.arguments,
                     env=dict(command.environment),
-                    stdin=subprocess.PIPE if command.standby else subprocess.DEVNULL,
+                    stdin=subprocess.PIPE if command.standbys else subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
                     pass_fds=command.descriptors,
@@ -166,10 +170,10 @@ class Child:
     def end(self) -> None:
         """Ask it to end; nothing else takes its place."""
         self.send_signal(signal.SIGTERM)
-        if self._standby is not None:
-            self._standby.kill()
-            self._standby.wait()
-            self._standby = None
+        for standby in self._standbys:
+            standby.kill()
+            standby.wait()
+        self._standbys = []
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it ends within the time. For the anchor's own end; blocks."""

@@ -241,7 +241,8 @@ def test_a_router_that_was_stopped_while_it_stood_by_is_ended(unit: Unit) -> Non
     def standby() -> int | None:
         children = psutil.Process(unit.anchor.pid).children()
         routers = [p.pid for p in children if str(FAKE_ROUTER) in p.cmdline()]
-        return next((pid for pid in routers if pid != unit.pid("router")), None)
+        waiting = [pid for pid in routers if pid != unit.pid("router")]
+        return min(waiting, default=None)  # The oldest is the next.
 
     stopped = eventually(standby)
     os.kill(stopped, signal.SIGSTOP)
