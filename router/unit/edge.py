@@ -48,6 +48,8 @@ _SEND_BUFFER_BYTES: Final = 128 * 1024
 _REQUEST_S: Final = 10
 """For a request's head, and once more for the part of its body that the edge reads."""
 
+TICKET_IDLE_S: Final = 60
+"""How long a connection to the router is kept for the next question."""
 _LINE_BYTES: Final = 2048
 _KEPT_LOG_BYTES: Final = 4 * 1024 * 1024
 
@@ -280,6 +282,7 @@ def _script(settings: UnitSettings, paths: UnitPaths) -> str:
         str(settings.max_model_len_tokens),
         str(_SURELY_SEEN_BYTES),
         "full" if settings.vllm_rs is None else "fast",
+        str(TICKET_IDLE_S),
     ]
     return " ".join(words)
 

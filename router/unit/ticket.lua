@@ -11,12 +11,13 @@
 --   STATUS  RETRY_AFTER_S or -  MESSAGE     or  -
 --
 -- Arguments of lua-load: the ticket socket's path, request_body.lua's, tokens of a context, bytes of
--- a body that are surely seen whole, "fast" if there is a fast front.
+-- a body that are surely seen whole, "fast" if there is a fast front, seconds for which a connection
+-- to the router is kept for the next question.
 
-local socket_path, body_script, context_tokens, seen_bytes, default_front = ...
+local socket_path, body_script, context_tokens, seen_bytes, default_front, idle_s = ...
 local ticket_socket = "unix@" .. socket_path
 local verdict = dofile(body_script)
-context_tokens, seen_bytes = tonumber(context_tokens), tonumber(seen_bytes)
+context_tokens, seen_bytes, idle_s = tonumber(context_tokens), tonumber(seen_bytes), tonumber(idle_s)
 
 local FIELDS = {
   "content-length", "authorization", "idempotency-key", "x-baton-priority", "x-baton-deadline-ms",
@@ -25,7 +26,6 @@ local FIELDS = {
 local VALUE_BYTES = 1024
 local PATIENCE_MS = 3000 -- A router that is being restarted is back before.
 local PAUSE_MS = 50
-local IDLE_S = 60        -- How long a connection to the router is kept for the next question.
 local MOST_IDLE = 64     -- A thread keeps no more of them.
 local FULL_RETRY_S = "5"
 
@@ -85,14 +85,16 @@ end
 -- One question on a connection that is kept for the next one. A stream that ends meanwhile takes
 -- its connection with it, so that no other gets its answer.
 local function ask_on(socket, line, patience_ms)
-  socket:settimeout(patience_ms / 1000)
+  -- Of one that was idle for too long HAProxy has let go, which it tells as an error.
+  local alive = pcall(function() socket:settimeout(patience_ms / 1000) end)
+  if not alive then return nil end
   local answer = socket:send(line) and socket:receive("*l")
   if not answer then
     socket:close()
     return nil
   end
   if #idle < MOST_IDLE then
-    socket:settimeout(IDLE_S)
+    socket:settimeout(idle_s)
     idle[#idle + 1] = socket
   else
     socket:close()

@@ -175,6 +175,11 @@ class RunningEdge:
         return f"200\tT{self._granted}"
 
     @property
+    def open_connections(self) -> int:
+        """To the router: of tickets and of the log."""
+        return len(self._open)
+
+    @property
     def granted(self) -> set[str]:
         """All tickets."""
         return {f"T{number}" for number in range(1, self._granted + 1)}

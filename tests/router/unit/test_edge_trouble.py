@@ -16,6 +16,8 @@ import pytest
 from running_edge import RunningEdge, read_answer
 from running_unit import eventually
 
+from router.unit import edge as edge_module
+
 COMPLETIONS = "/v1/completions"
 MESSAGES = "/v1/messages"
 BODY = {"prompt": "a"}
@@ -298,5 +300,22 @@ def test_without_a_fast_front(tmp_path: Path) -> None:
             assert edge.post(path, BODY)[1]["front"] == "full"
         edge.run(edge.fronts["full"].stop())
         eventually(lambda: edge.request("GET", "/health").status == 503)
+    finally:
+        edge.end()
+
+
+def test_connections_to_the_router_that_were_idle_for_too_long_cost_nobody_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge_module, "TICKET_IDLE_S", 1)
+    edge = RunningEdge(tmp_path / "u", log=False)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(edge.post, COMPLETIONS, BODY) for _ in range(32)]
+            assert {each.result()[0] for each in asked} == {200}
+        assert edge.open_connections
+        eventually(lambda: edge.open_connections == 0)
+        for _ in range(32):
+            assert edge.post(COMPLETIONS, BODY)[0] == 200
     finally:
         edge.end()
