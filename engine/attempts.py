@@ -29,6 +29,8 @@ class Attempt:
     front_request_id: str
     hand_off: bool
     first_position: int
+    guided: bool = False
+    """Its output follows a grammar or schema."""
     outputs: list[Output] = field(default_factory=list)
     next_position: int = 0
     ended: bool = False
@@ -93,6 +95,7 @@ class Attempts:
             front_request_id=request.request_id,
             hand_off=submit.hand_off and self._goes_on_after_first_token(request),
             first_position=len(submit.output_token_ids),
+            guided=bool((request.sampling_params or {}).get("structured_outputs")),
             next_position=len(submit.output_token_ids),
         )
         request.request_id = attempt.engine_id
@@ -148,6 +151,7 @@ class Attempts:
             outputs.read(
                 attempt.request_key, attempt.number, attempt.front_request_id, position, output,
                 hand_off=attempt.hand_off, resumed=attempt.first_position > 0,
+                guided=attempt.guided,
             )
         )  # fmt: skip
         return attempt

@@ -107,6 +107,7 @@ def read(
     *,
     hand_off: bool,
     resumed: bool,
+    guided: bool = False,
 ) -> Output:
     """What the engine made, for routers and fronts. Takes `made` over."""
     # The front sees one request under its own id, however many engines worked on it.
@@ -115,7 +116,7 @@ def read(
     enginecore.detach(made)
     output = Output(request_key, attempt, first_position, made)
     if made.finish_reason is not None:
-        _read_end(output, made, hand_off)
+        _read_end(output, made, hand_off, guided)
     if made.prefill_stats is not None:
         stats = made.prefill_stats
         output.prompt_use = worker_pb2.PromptUse(
@@ -130,7 +131,7 @@ def read(
     return output
 
 
-def _read_end(output: Output, made: EngineOutput, hand_off: bool) -> None:
+def _read_end(output: Output, made: EngineOutput, hand_off: bool, guided: bool) -> None:
     assert made.finish_reason is not None
     if hand_off and made.finish_reason == enginecore.FINISH_LENGTH:
         if made.kv_transfer_params:
@@ -142,7 +143,13 @@ def _read_end(output: Output, made: EngineOutput, hand_off: bool) -> None:
             output.error = "the engine kept no blocks to hand off"
         return
     output.finish = _FINISH[made.finish_reason]
-    if made.finish_reason == enginecore.FINISH_ERROR:
+    if made.finish_reason != enginecore.FINISH_ERROR:
+        return
+    if guided and not output.first_position and not output.token_ids:
+        # An engine says no more; fronts check only some of what a grammar can't be.
+        output.finish = worker_pb2.REFUSED
+        output.error = "its grammar or schema can't be used: it does not compile, or takes too long"
+    else:
         output.error = "the engine reported an error for this request; see its log"
 
 

@@ -338,3 +338,30 @@ def test_what_is_kept_of_one_stream_keeps_nothing_of_its_neighbours() -> None:
     kept = next(iter(attempts.of_router("r"))).outputs
     assert len(kept) == steps
     assert all(output.made is not None and output.made.new_logprobs == logprobs for output in kept)
+
+
+def test_a_grammar_that_does_not_compile_is_its_clients_fault() -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    guided, _ = attempts.submit("r", submit(1, structured_outputs={"json": "{}"}))
+    free, _ = attempts.submit("r", submit(1, key="0:b"))
+    assert guided is not None
+    assert free is not None
+    for request, finish in ((guided, worker_pb2.REFUSED), (free, worker_pb2.ERROR)):
+        failed = EngineOutput(request.request_id, [], finish_reason=enginecore.FINISH_ERROR)
+        attempt = attempts.record(failed)
+        assert attempt is not None
+        (output,) = attempt.outputs
+        assert output.finish == finish
+        assert output.error
+
+
+def test_a_guided_request_that_fails_later_is_not() -> None:
+    attempts = Attempts(MAX_MODEL_LEN_TOKENS)
+    guided, _ = attempts.submit("r", submit(1, structured_outputs={"json": "{}"}))
+    assert guided is not None
+    attempts.record(EngineOutput(guided.request_id, [7]))
+    attempt = attempts.record(
+        EngineOutput(guided.request_id, [], finish_reason=enginecore.FINISH_ERROR)
+    )
+    assert attempt is not None
+    assert attempt.outputs[-1].finish == worker_pb2.ERROR

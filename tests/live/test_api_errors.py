@@ -121,7 +121,9 @@ FAILURES = {
         body=completion(allowed_token_ids=[VOCABULARY_TOKENS + 1]),
     ),
     "a schema that is none": Refusal(
-        500, "", body=completion(response_format=guided({"type": "nonsense"}))
+        400,
+        "schema can't be used",
+        body=completion(response_format=guided({"type": "nonsense"})),
     ),
 }
 
