@@ -159,6 +159,9 @@ class _Run:
         address = f"{url(self._config.http.host, self._config.http.port)}/health"
         await asyncio.to_thread(_wait_for_health, address, lambda: self._stopping)
         await asyncio.to_thread(_wait_for_grpc, self._config.grpc, lambda: self._stopping)
+        if not self._stopping:
+            # It serves, whether or not the supervisor's news of it have come yet.
+            self._terminal.done(launch.ROUTER_ID)
 
     async def _follow_news(self) -> None:
         """Show what the supervisor tells, for ever. Raises BatonError if nothing can come of it."""

@@ -172,7 +172,7 @@ def test_a_second_one_says_which_port_and_leaves_the_first_alone(running: BatonS
     assert "another `baton serve`" in line
     assert "stop that one, or start this one with another port (--port" in line
     assert took_s < REFUSE_WITHIN_S
-    assert {p.pid for p in running.processes()} == before
+    assert before <= {p.pid for p in running.processes()}  # Standbys may have come.
     assert complete(running) == text
 
 
@@ -475,7 +475,7 @@ def test_two_on_one_machine_do_not_disturb_each_other(
         assert answers < 6000
     print(f"{answers} requests were served meanwhile")
     assert complete(running) == expected
-    assert {p.pid for p in running.processes()} == before
+    assert before <= {p.pid for p in running.processes()}  # Standbys may have come.
     assert all(worker["restarts"] == 0 for worker in running.workers())
 
 
