@@ -68,7 +68,7 @@ REFUSALS = {
     ),
     "empty prompt": Refusal(400, "empty prompt|prompt.*empty", body=completion(prompt="")),
     "no token ids": Refusal(400, "at least one prompt token", body=completion(prompt=[])),
-    "no messages": Refusal(400, "[Mm]essage", CHAT, body=chat(messages=[])),
+    "no messages": Refusal(400, "at least one message", CHAT, body=chat(messages=[])),
     "prompt over the context": Refusal(400, BOTH_NUMBERS, body=completion(prompt=[500] * 9000)),
     "text over the context": Refusal(
         400, rf"\b{CONTEXT_TOKENS}\b.*\b\d{{5}}\b", body=completion(prompt="9" * 10_000)

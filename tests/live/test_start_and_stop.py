@@ -22,7 +22,13 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.live.cluster_process import STOP_TIMEOUT_S, BatonServe, free_port, wait_until_gone
+from tests.live.cluster_process import (
+    STOP_TIMEOUT_S,
+    BatonServe,
+    free_port,
+    once_settled,
+    wait_until_gone,
+)
 from tests.live.conftest import MODEL
 
 REFUSE_WITHIN_S = 10.0
@@ -165,14 +171,14 @@ def refused(serve: BatonServe) -> tuple[list[str], float]:
 
 
 def test_a_second_one_says_which_port_and_leaves_the_first_alone(running: BatonServe) -> None:
-    before = {p.pid for p in running.processes()}
+    before = once_settled(lambda: pids(running))  # Standbys and the full front come later.
     text = complete(running)
     (line,), took_s = refused(start_simulated(http={"port": running.port}))
     assert f"port {running.port}" in line
     assert "another `baton serve`" in line
     assert "stop that one, or start this one with another port (--port" in line
     assert took_s < REFUSE_WITHIN_S
-    assert before <= {p.pid for p in running.processes()}  # Standbys may have come.
+    assert pids(running) == before
     assert complete(running) == text
 
 
@@ -459,7 +465,7 @@ def test_two_on_one_machine_do_not_disturb_each_other(
     running: BatonServe, started: Callable[..., BatonServe]
 ) -> None:
     expected = complete(running)
-    before = {p.pid for p in running.processes()}
+    before = once_settled(lambda: pids(running))  # Standbys and the full front come later.
     other = started(simulated={"step_base_s": 0.002})
     answers = 0
     while not healthy(other):
@@ -475,8 +481,12 @@ def test_two_on_one_machine_do_not_disturb_each_other(
         assert answers < 6000
     print(f"{answers} requests were served meanwhile")
     assert complete(running) == expected
-    assert before <= {p.pid for p in running.processes()}  # Standbys may have come.
+    assert pids(running) == before
     assert all(worker["restarts"] == 0 for worker in running.workers())
+
+
+def pids(serve: BatonServe) -> set[int]:
+    return {process.pid for process in serve.processes()}
 
 
 def healthy(serve: BatonServe) -> bool:
