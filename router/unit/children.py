@@ -22,8 +22,10 @@ _log = logging.getLogger("anchor")
 
 _PR_SET_PDEATHSIG: Final = 1
 _FIRST_PAUSE_S: Final = 0.1
-_STANDBY_AFTER_S: Final = 1.0
+_STANDBY_AFTER_S: Final = 0.3
 """The process itself goes first: streams may wait for it."""
+_STANDBY_EVERY_S: Final = 0.6
+"""Longer than one takes to load: two at once would take a core each from the streams."""
 _SETTLED_S: Final = 2.0
 _PAUSES_PER_SETTLED: Final = 4
 """The longest pause is a quarter of it: by default well under the 3 s for which the edge waits for
@@ -99,7 +101,7 @@ class Child:
         """Whether it runs now. A command that can't be run is tried again like one that ended."""
         self._process = self._standbys.pop(0) if self._standbys else self._spawn()
         self._started_s = now_s
-        self._standby_due_s = now_s + _STANDBY_AFTER_S
+        self._standby_due_s = max(self._standby_due_s, now_s + _STANDBY_AFTER_S)
         self.due_s = None
         if self._process is None:
             self._plan_restart(now_s)
@@ -121,7 +123,7 @@ class Child:
         if len(self._standbys) < wanted and now_s >= self._standby_due_s:
             if (spawned := self._spawn()) is not None:
                 self._standbys.append(spawned)
-            self._standby_due_s = now_s + _STANDBY_AFTER_S
+            self._standby_due_s = now_s + _STANDBY_EVERY_S
 
     def _spawn(self) -> subprocess.Popen[bytes] | None:
         """None if the command can't be run."""

@@ -35,14 +35,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def crowding() -> float:
-    """How many processes share a core of this machine just now, at least one.
-
-    Times that are promised for a machine with cores to spare are stretched by it.
-    """
-    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
-
-
 @dataclass
 class BatonServe:
     """A running `baton serve` with a configuration of its own."""

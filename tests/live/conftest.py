@@ -43,3 +43,21 @@ def plain_url(tiny_model: Path) -> Iterator[str]:
     """vLLM's own API server with the same model."""
     with plain_server(tiny_model, MODEL) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def slow_pair() -> Iterator[BatonServe]:
+    """Two decode workers whose steps are so slow that a stream takes seconds."""
+    serve = BatonServe.start(
+        {
+            "engine": "simulated",
+            "decode": {"replicas": 2},
+            "router": {"local_prefill_max_tokens": 0},
+            "simulated": {"step_base_s": 0.05},
+        }
+    )
+    try:
+        serve.until_healthy()
+        yield serve
+    finally:
+        serve.interrupt()

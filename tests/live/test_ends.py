@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -40,24 +40,6 @@ CONCURRENT_CLIENTS = 16
 async def http(cluster: BatonServe) -> AsyncIterator[httpx.AsyncClient]:
     async with api_client(cluster) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def slow_pair() -> Iterator[BatonServe]:
-    """Two decode workers whose steps are so slow that a stream takes seconds."""
-    serve = BatonServe.start(
-        {
-            "engine": "simulated",
-            "decode": {"replicas": 2},
-            "router": {"local_prefill_max_tokens": 0},
-            "simulated": {"step_base_s": 0.05},
-        }
-    )
-    try:
-        serve.until_healthy()
-        yield serve
-    finally:
-        serve.interrupt()
 
 
 # What is seen of the cluster

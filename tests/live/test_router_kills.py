@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from tests.live.cluster_process import BatonServe, crowding
+from tests.live.cluster_process import BatonServe
 from tests.live.streams import Stream, api_client, random_prompt, until
 
 STREAMS = 16
 PROMPTS = 12
 MAX_TOKENS = 160
-BETWEEN_KILLS_S = (1.0, 2.0)
+BETWEEN_KILLS_S = (0.3, 1.5)
 GAP_P50_S = 0.3
 GAP_P99_S = 2.0
 
@@ -81,8 +81,8 @@ async def test_streams_outlive_the_router(cluster: BatonServe, kills: int) -> No
         f"\n{kills} kills, {len(ended)} streams, {len(hit)} of them under a kill, all exact; "
         f"longest gap p50 {median_s:.3f} s, p99 {p99_s:.3f} s, at most {max(gaps_s):.3f} s"
     )
-    assert median_s <= GAP_P50_S * crowding()
-    assert p99_s <= GAP_P99_S * crowding()
+    assert median_s <= GAP_P50_S
+    assert p99_s <= GAP_P99_S
     assert [worker["restarts"] for worker in cluster.workers()] == restarts_before
     await until(lambda: nothing_is_left(cluster), 5, "all blocks are free")
 
