@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ from cluster.config import Config
 from cluster.pools import BecameReady, Begun, Died, Event, Pools, Slot, Start, Tick, role_of
 from engine.spec import Role, WorkerAddress, WorkerSpec
 from protos.ids import WorkerId
-from protos.membership import Member, Membership
+from protos.membership import Gone, Member, Membership
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ _POLL_S: Final = 10.0
 _ADOPT_S: Final = 8.0
 _STOP_S: Final = 4.0
 _KEPT_NEWS: Final = 1000
+_GONE_TOLD: Final = 100
+"""Enough for all workers of a node that was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Supervisor:
         self.started_s = time.time()
         self.pools = Pools({"prefill": config.prefill.replicas, "decode": config.decode.replicas})
         self.addresses: dict[WorkerId, WorkerAddress] = {}
+        self._gone: deque[Gone] = deque(maxlen=_GONE_TOLD)
         self.units: dict[str, Unit] = {}
         self._actors: dict[WorkerId, Any] = {}
         # Versions only grow, also over restarts of the supervisor.
@@ -156,6 +160,7 @@ class Supervisor:
                 Member(a.worker_id, a.incarnation, a.role, a.address, a.node, a.pid)
                 for a in self.addresses.values()
             ],
+            list(self._gone),
         )
 
     # Its own life
@@ -269,7 +274,8 @@ class Supervisor:
             self._tell(worker_id, "failed", reason, fatal=slot.role not in self._was_ready)
         else:
             self._tell(worker_id, "died", reason)
-        if self.addresses.pop(worker_id, None) is not None:
+        if (address := self.addresses.pop(worker_id, None)) is not None:
+            self._gone.append(Gone(worker_id, address.incarnation, reason))
             self._version += 1
         await self._handle(Died(worker_id, reason))
 

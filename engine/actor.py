@@ -89,9 +89,10 @@ class EngineActor:
             # what tells the supervisor and the routers.
             logger.exception("worker %s ends", self._spec.worker_id)
             self._why = str(error) if isinstance(error, EngineError) else repr(error)
-            self._over.set()
             try:
+                # The routers first: who waits for `run_until_closed` ends this process at once.
                 await self._service.stop_serving(self._why)
+                self._over.set()
                 await asyncio.sleep(_LAST_WORDS_S)
             finally:
                 os._exit(1)

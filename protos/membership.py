@@ -24,11 +24,20 @@ class Member(Struct, frozen=True):
     draining: bool = False
 
 
+class Gone(Struct, frozen=True):
+    """One that was a worker, and the reason for its end."""
+
+    worker_id: str
+    incarnation: int
+    why: str
+
+
 class Membership(Struct, frozen=True):
-    """All workers, as of `version`, which only grows."""
+    """All workers, as of `version`, which only grows, and the last of those that are gone."""
 
     version: int
     members: list[Member]
+    gone: list[Gone] = []
 
 
 def save(path: Path, membership: Membership) -> None:

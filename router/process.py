@@ -230,7 +230,7 @@ class RouterProcess:
         self.feed(SnapshotTaken(tuple(underway)))
         self._took_over = True
         if self._membership is not None:
-            self._links.update(self._membership.members)
+            self._links.update(self._membership)
         _log.info("took over %d requests under way", len(underway))
 
     def _refuse(
@@ -257,7 +257,7 @@ class RouterProcess:
         self.feed(MembershipChanged(tuple(facts)))
         # Before the snapshot is in, what workers hold could not be understood.
         if self._took_over:
-            self._links.update(read.members)
+            self._links.update(read)
 
     def on_welcome(self, worker: WorkerId, ready_payload: bytes) -> None:
         """Fronts can be told what their engine is."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 import grpc
@@ -20,7 +20,7 @@ from engine.service import LAST_WORDS_STATUS
 from engine.watch import AwakeClock
 from protos import worker_pb2, worker_pb2_grpc
 from protos.ids import Incarnation, WorkerId
-from protos.membership import Member
+from protos.membership import Member, Membership
 from router.core.events import Event, WorkerDead, WorkerLinkBroken
 from router.link_watch import SILENCE_S, LinkWatch, Reach
 from router.metrics import LinkBytes
@@ -119,7 +119,7 @@ class WorkerLink:
         if not self._said_dead:
             self._said_dead = True
             incarnation, self._incarnation = self._incarnation, None
-            if self._last_words:
+            if self._last_words and self._last_words != why:
                 why = f"{why} ({self._last_words})"
             self._listener.feed(WorkerDead(self._id, incarnation, why))
 
@@ -240,14 +240,16 @@ class WorkerLinks:
         if known is not None:
             known[0].send(command)
 
-    def update(self, members: Sequence[Member]) -> None:
+    def update(self, read: Membership) -> None:
         """Open links to new members, close those to removed or replaced ones."""
-        wanted = {member.worker_id: member for member in members}
+        wanted = {member.worker_id: member for member in read.members}
+        gone = {(each.worker_id, each.incarnation): each.why for each in read.gone}
         for worker_id, (link, task) in list(self._links.items()):
             member = wanted.get(worker_id)
             if member is None or not _same_process(member, link.member):
                 del self._links[worker_id]
-                link.give_up("the membership no longer has it")
+                known_as = worker_id, link.member.incarnation
+                link.give_up(gone.get(known_as) or "the membership no longer has it")
                 task.cancel()
         for worker_id, member in wanted.items():
             if worker_id not in self._links:

@@ -94,4 +94,6 @@ def was_hit(stream: Stream, times_s: list[float]) -> bool:
 
 async def nothing_is_left(cluster: BatonServe) -> bool:
     loads = [worker["load"] for worker in await asyncio.to_thread(cluster.workers)]
+    if None in loads:  # A router that just came has heard nothing of it yet.
+        return False
     return all(load["running"] + load["waiting"] + load["kv_blocks_used"] == 0 for load in loads)

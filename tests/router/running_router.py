@@ -143,6 +143,7 @@ class Unit:
         self.anchor = Anchor(self.paths.anchor_socket)
         self.workers: dict[str, subprocess.Popen[str]] = {}
         self._members: dict[str, membership.Member] = {}
+        self._gone: list[membership.Gone] = []
         self._mint = TicketMint(TOKEN, 60.0)
         self._asked = 0
         self.router: subprocess.Popen[bytes] | None = None
@@ -184,8 +185,14 @@ class Unit:
         return int(own)
 
     def tell_members(self) -> None:
-        told = membership.Membership(time.time_ns(), list(self._members.values()))
+        told = membership.Membership(time.time_ns(), list(self._members.values()), self._gone)
         membership.save(self.paths.membership, told)
+
+    def bury_worker(self, name: str, why: str) -> None:
+        """It lives, but is no member any more."""
+        member = self._members.pop(name)
+        self._gone.append(membership.Gone(name, member.incarnation, why))
+        self.tell_members()
 
     def kill_worker(self, name: str) -> None:
         self.workers[name].kill()

@@ -205,6 +205,23 @@ async def test_a_killed_prefill_worker_fails_nothing(unit: Unit) -> None:
         assert await stream.whole() == await expected(request)
 
 
+@pytest.mark.parametrize("why", ["the engine of d0 hung: no step for 9 s", ""])
+async def test_what_was_lost_with_a_buried_worker_says_why_it_was_buried(
+    unit: Unit, why: str
+) -> None:
+    """The supervisor may know of its end, and why, before its link says anything."""
+    ticket = (await ask_ticket(unit, "v1\tPOST\t/v1/completions\n")).split()[1]
+    stream = unit.anchor.ask(unit.request(60, ticket, max_tokens=500))
+    await stream.begun(5)
+    unit.bury_worker("d0", why)
+    await stream.whole()
+    assert stream.finish == enginecore.FINISH_ERROR
+    _, told = await unit.get(f"/requests/{ticket}")
+    assert told["requests"][0]["error"].endswith(
+        f"d0 is gone: {why or 'the membership no longer has it'}."
+    )
+
+
 async def test_streams_survive_the_router(unit: Unit) -> None:
     requests = [unit.request(50 + n, max_tokens=500) for n in range(8)]
     streams = [unit.anchor.ask(request) for request in requests]
