@@ -37,8 +37,8 @@ from router.unit.reactor import Reactor
 
 _log = logging.getLogger("anchor")
 
-ROUTER_STANDBYS: Final = 2
-"""One more than a death needs: the next is loaded later, when the streams have caught up."""
+ROUTER_STANDBYS: Final = 3
+"""One for a death; the others for those that follow sooner than the next can be loaded."""
 ROUTER_SETTLED_S: Final = 0.5
 """Streams stand still while there is no router; one that fails does so sooner."""
 END_GRACE_S: Final = 3.0
