@@ -39,7 +39,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.lock 2>$(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable . 2>>$(VENV)/pip.log || { cat $(VENV)/pip.log >&2; exit 1; }
-	$(BIN)/python -m router.unit.vllm_rs $(BIN)/vllm-rs
+	$(BIN)/python -m router.unit.fronts.vllm_rs $(BIN)/vllm-rs
 	touch $(STAMP)
 
 protos: install

@@ -18,7 +18,7 @@ import psutil
 
 from benchmarks.report import table
 
-MODULES: Final = {"router": "router.process", "anchor": "router.unit.anchor"}
+MODULES: Final = {"router": "router.process", "anchor": "router.unit.anchor.process"}
 _SAMPLER: Final = Path(__file__).parent / "sampler"
 _ROOT: Final = Path(__file__).parents[1]
 _WRITTEN_S: Final = 10.0

@@ -25,7 +25,7 @@ _OWN_VLLM_RS: Final = Path(sys.executable).parent / "vllm-rs"
 
 NO_FAST_FRONT: Final = (
     "vllm-rs is missing, so vLLM's slower Python front serves all paths; to have it, run "
-    f"`{sys.executable} -m router.unit.vllm_rs {_OWN_VLLM_RS}`."
+    f"`{sys.executable} -m router.unit.fronts.vllm_rs {_OWN_VLLM_RS}`."
 )
 
 

@@ -1,7 +1,8 @@
 """How responses ended at the edge: lines of HAProxy's log on UNIT_DIR/edge-log.sock.
 
 A matched stop string and a client that left look alike to an engine; here they differ. What a line
-holds is said in `router/unit/edge.py`. The edge keeps lines while no router takes them.
+holds is said in `router/unit/edge/configuration.py`. The edge keeps lines while no router takes
+them.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class AnchorProcess:
         # The shell ends at once, so that the anchor is an orphan: Ray ends its actors' children.
         shell = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", '"$@" </dev/null >>"$0" 2>&1 & echo $!', str(log),
-            sys.executable, "-m", "router.unit.anchor", str(self._paths.directory),
+            sys.executable, "-m", "router.unit.anchor.process", str(self._paths.directory),
             # The anchor's children, one of which faces clients, need no key to the cluster.
             env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             start_new_session=True,

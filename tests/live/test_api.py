@@ -435,7 +435,7 @@ def test_each_router_tells_its_processes(cluster: BatonServe) -> None:
     assert "haproxy" in psutil.Process(router["edge"]).name()
     fast, full = (psutil.Process(pid) for pid in router["fronts"])
     assert fast.name() == "vllm-rs"
-    assert "router.unit.full_front" in full.cmdline()
+    assert "router.unit.fronts.full_front" in full.cmdline()
 
 
 def test_metrics_have_vllms_names_labelled_by_worker(cluster: BatonServe, client: OpenAI) -> None:

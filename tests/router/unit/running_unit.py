@@ -118,7 +118,7 @@ class Unit:
         self.anchor = self.start_anchor()
 
     def start_anchor(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "router.unit.anchor", str(self.paths.directory)]
+        command = [sys.executable, "-m", "router.unit.anchor.process", str(self.paths.directory)]
         with (self.paths.directory / "anchor.log").open("ab") as log:
             return subprocess.Popen(command, cwd=ROOT, stderr=log)
 

@@ -13,7 +13,7 @@ import pytest
 from running_edge import CONTEXT_TOKENS, RunningEdge, read_answer
 from running_unit import eventually
 
-from router.unit.edge import ANTHROPIC_PATHS, CHOSEN_PATHS, RESPONSES_PATH
+from router.unit.edge.configuration import ANTHROPIC_PATHS, CHOSEN_PATHS, RESPONSES_PATH
 
 COMPLETIONS = "/v1/completions"
 MESSAGES = "/v1/messages"

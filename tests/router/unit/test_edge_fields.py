@@ -31,7 +31,8 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 )
 from vllm.exceptions import VLLMClientError
 
-from router.unit import edge, front_requests
+from router.unit.edge import configuration as edge
+from router.unit.fronts import requests
 
 SCRIPT: Final = re.sub(r"--.*", "", Path(edge.__file__).with_name("request_body.lua").read_text())
 TYPES: Final[dict[str, list[type[BaseModel]]]] = {
@@ -114,7 +115,7 @@ def test_every_field_of_vllms_is_listed(path: str) -> None:
 
 def test_every_field_between_engines_is_refused() -> None:
     refused = names(table("REFUSED"))
-    assert refused - {"vllm_xargs"} == set(front_requests._ENGINES_OWN)
+    assert refused - {"vllm_xargs"} == set(requests._ENGINES_OWN)
     for model in [*(model for models in TYPES.values() for model in models), *OTHER_TYPES]:
         suspicious = {name for name in known(model) if ENGINES_OWN.search(name)}
         assert suspicious - refused == set(), model.__name__

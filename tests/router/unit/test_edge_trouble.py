@@ -16,7 +16,7 @@ import pytest
 from running_edge import RunningEdge, read_answer
 from running_unit import eventually
 
-from router.unit import edge as edge_module
+from router.unit.edge import configuration as edge_module
 
 COMPLETIONS = "/v1/completions"
 MESSAGES = "/v1/messages"

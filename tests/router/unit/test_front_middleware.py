@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from router.unit import front_middleware
-from router.unit.front_middleware import (
+from router.unit.fronts import middleware
+from router.unit.fronts.middleware import (
     COMMENT,
     HELD_BODIES,
     App,
@@ -274,7 +274,7 @@ async def test_bodies_that_wait_for_their_rest_take_a_limited_room_together() ->
 
 
 async def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front_middleware, "BODY_S", 0.05)
+    monkeypatch.setattr(middleware, "BODY_S", 0.05)
     echo, slow = Echo(), Slow([b"{", b"}"])
     await slow.ask(echo)
     assert slow.status == 408

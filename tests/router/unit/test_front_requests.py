@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from router.unit.front_requests import (
+from router.unit.fronts.launch import MOST_COMPLETIONS
+from router.unit.fronts.requests import (
     Refusal,
     as_anthropic,
     check,
@@ -15,7 +16,6 @@ from router.unit.front_requests import (
     error_event,
     too_large,
 )
-from router.unit.fronts import MOST_COMPLETIONS
 
 TICKET = "0123456789abcdef" * 2
 COMPLETIONS = "/v1/completions"

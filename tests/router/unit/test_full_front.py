@@ -15,7 +15,7 @@ import pytest
 from running_unit import MODEL_NAME, Unit, build_model, eventually
 
 from router.settings import UnitPaths
-from router.unit import fronts
+from router.unit.fronts import launch as fronts
 
 TICKET = "0123456789abcdef" * 2
 PACE_S = 0.01

@@ -21,7 +21,8 @@ from running_unit import ROOT, free_port
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from router.settings import UnitPaths, UnitSettings, save
-from router.unit import grpc_calls, grpc_launch
+from router.unit.grpc_front import calls as grpc_calls
+from router.unit.grpc_front import launch as grpc_launch
 
 METHOD = "/baton.v1.Inference/Generate"
 REQUEST = GenerateRequest(text="Hello")
@@ -264,7 +265,7 @@ async def test_a_port_that_is_taken_is_one_sentence(front: Front, tmp_path: Path
 
 def test_settings_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "router.unit.grpc_front", str(tmp_path)],
+        [sys.executable, "-m", "router.unit.grpc_front.process", str(tmp_path)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         check=False,
@@ -285,8 +286,8 @@ def loaded(module: str) -> set[str]:
 
 
 def test_it_loads_what_it_needs_and_its_anchor_none_of_it() -> None:
-    front = loaded("router.unit.grpc_front")
+    front = loaded("router.unit.grpc_front.process")
     assert {"grpc", "aiohttp"} <= front
     assert not front & {"vllm", "torch", "ray", "transformers"}
-    anchor = loaded("router.unit.anchor, router.unit.grpc_launch")
+    anchor = loaded("router.unit.anchor.process, router.unit.grpc_front.launch")
     assert not anchor & {"grpc", "aiohttp", "google"}

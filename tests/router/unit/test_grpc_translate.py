@@ -25,8 +25,8 @@ from protos.inference_pb2 import (
     Usage,
 )
 from router.core.events import Fault
-from router.unit.grpc_errors import ErrorEvent, Failure, http_failure, recorded_failure
-from router.unit.grpc_translate import AnswerReader, completion_body, parse
+from router.unit.grpc_front.errors import ErrorEvent, Failure, http_failure, recorded_failure
+from router.unit.grpc_front.translate import AnswerReader, completion_body, parse
 
 ALWAYS = {
     "stream": True,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import zmq
 
-from router.unit import links
-from router.unit.links import FrontLink
+from router.unit.anchor import links
+from router.unit.anchor.links import FrontLink
 
 MESSAGE = bytes(64 * 1024)
 MORE_THAN_BUFFERS_HOLD = 4000

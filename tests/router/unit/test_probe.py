@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from router.unit.probe import ASK_EVERY_S, HANGS_S, MOST_SILENCES, Probe
-from router.unit.reactor import Reactor
+from router.unit.anchor.probe import ASK_EVERY_S, HANGS_S, MOST_SILENCES, Probe
+from router.unit.anchor.reactor import Reactor
 
 HEALTHY = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 LOADING = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"

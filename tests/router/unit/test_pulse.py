@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router.unit.pulse import Pulse
+from router.unit.anchor.pulse import Pulse
 
 
 def looked(pulse: Pulse, from_s: float, to_s: float, *, answers: bool) -> float | None:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from protos import enginecore
 from protos.anchor_link import Abort, Add, Delivery, FrontGone, Snapshot, Underway
-from router.unit import relay as relay_module
-from router.unit.relay import Given, Relay
+from router.unit.anchor import relay as relay_module
+from router.unit.anchor.relay import Given, Relay
 
 FRONT = 0
 

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from running_unit import FAKE_ROUTER, MODEL_NAME, Unit, build_model, eventually
 
+from router.unit.anchor.exchange import ROUTER_GREETS_S
+from router.unit.anchor.probe import ASK_EVERY_S, HANGS_S
 from router.unit.children import start_time
-from router.unit.exchange import ROUTER_GREETS_S
-from router.unit.probe import ASK_EVERY_S, HANGS_S
 
 PROMPT = "the quick brown fox. "
 PACE_S = 0.01

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from router.unit.fronts import MOST_COMPLETIONS
+from router.unit.fronts.launch import MOST_COMPLETIONS
 
 RESPONSES_PATH: Final = "/v1/responses"
 ANTHROPIC_PATHS: Final = "/v1/messages"

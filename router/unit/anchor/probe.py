@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from router.unit.pulse import Pulse
-from router.unit.reactor import Reactor
+from router.unit.anchor.pulse import Pulse
+from router.unit.anchor.reactor import Reactor
 
 ASK_EVERY_S: Final = 2.0
 HANGS_S: Final = 15.0

@@ -12,6 +12,6 @@ from router.unit.children import Command
 def command(settings: UnitSettings, paths: UnitPaths) -> Command:
     """Run it if `settings.grpc_port` is set. It listens itself and reaches the edge by its name."""
     return Command(
-        [sys.executable, "-m", "router.unit.grpc_front", str(paths.directory)],
+        [sys.executable, "-m", "router.unit.grpc_front.process", str(paths.directory)],
         {**os.environ, **settings.environment},
     )

@@ -27,7 +27,7 @@ from protos.inference_pb2 import (
     TokenLogprobs,
     Usage,
 )
-from router.unit.grpc_errors import ApiError, Failure, event_failure
+from router.unit.grpc_front.errors import ApiError, Failure, event_failure
 
 _FINISH_REASONS: Final = {
     None: FINISH_REASON_UNSPECIFIED,

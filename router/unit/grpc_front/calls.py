@@ -14,9 +14,9 @@ import grpc
 
 from protos.inference_pb2 import GenerateRequest, GenerateResponse
 from router.tickets import DEADLINE_FIELD, LONGEST_DEADLINE_MS
-from router.unit import grpc_errors, grpc_translate
-from router.unit.grpc_errors import ErrorEvent, Failure
-from router.unit.grpc_translate import AnswerReader
+from router.unit.grpc_front import errors, translate
+from router.unit.grpc_front.errors import ErrorEvent, Failure
+from router.unit.grpc_front.translate import AnswerReader
 
 _log = logging.getLogger("grpc")
 
@@ -66,7 +66,7 @@ class Inference:
             await context.abort(failure.code, failure.message, metadata)
 
     async def _answer(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        body = grpc_translate.completion_body(request)
+        body = translate.completion_body(request)
         if len(body) > self._max_body_bytes:
             what = f"The request is larger than {self._max_body_bytes} bytes as JSON."
             raise Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, what)
@@ -78,7 +78,7 @@ class Inference:
                     await context.send_initial_metadata((("x-request-id", request_id),))
                 if response.status != 200:
                     content = await response.read()
-                    raise grpc_errors.http_failure(response.status, content, response.headers)
+                    raise errors.http_failure(response.status, content, response.headers)
                 reader = AnswerReader(request_id, request.sampling.logprobs)
                 await self._pass_on(response, reader, context)
         except aiohttp.ClientError as error:
@@ -107,7 +107,7 @@ class Inference:
         """What the router knows of it; None if it can't be asked or doesn't know."""
         try:
             async with self._router.get(f"/requests/{request_id}") as response:
-                return grpc_errors.recorded_failure(await response.read())
+                return errors.recorded_failure(await response.read())
         except (aiohttp.ClientError, TimeoutError) as error:
             _log.warning("the router can't be asked about %s: %r", request_id, error)
             return None
@@ -120,7 +120,7 @@ async def _request(context: grpc.aio.ServicerContext) -> GenerateRequest:
     except TimeoutError:
         what = f"The request did not come within {_REQUEST_LIMIT_S} s."
         raise Failure(grpc.StatusCode.DEADLINE_EXCEEDED, what) from None
-    return grpc_translate.parse(b"" if data is grpc.aio.EOF else data)
+    return translate.parse(b"" if data is grpc.aio.EOF else data)
 
 
 def _headers(context: grpc.aio.ServicerContext) -> list[tuple[str, str]]:

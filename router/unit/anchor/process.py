@@ -1,6 +1,6 @@
 """The one process that must not die: holds sockets, keeps processes running, relays.
 
-    python -m router.unit.anchor UNIT_DIR
+    python -m router.unit.anchor.process UNIT_DIR
 
 It reads UNIT_DIR/unit.json, takes the listening port, and starts what `_commands` lists: the
 router process, the fronts and the edge, all of which die with it. To a front it is the engine; to
@@ -29,11 +29,13 @@ from typing import Final, NoReturn
 import msgspec
 
 from router.settings import UnitPaths, UnitSettings, load_unit
-from router.unit import edge, fronts, grpc_launch
+from router.unit.anchor.exchange import Exchange
+from router.unit.anchor.probe import Probe
+from router.unit.anchor.reactor import Reactor
 from router.unit.children import Child, Command, cpu_time_s, start_time
-from router.unit.exchange import Exchange
-from router.unit.probe import Probe
-from router.unit.reactor import Reactor
+from router.unit.edge import configuration as edge
+from router.unit.fronts import launch as fronts
+from router.unit.grpc_front import launch as grpc_launch
 
 _log = logging.getLogger("anchor")
 
@@ -283,7 +285,7 @@ def _exit(code: int, message: str) -> NoReturn:
 def main() -> None:
     """Run an anchor in the directory that the command line names."""
     if len(sys.argv) != 2:
-        _exit(2, "usage: python -m router.unit.anchor UNIT_DIR")
+        _exit(2, "usage: python -m router.unit.anchor.process UNIT_DIR")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     paths = UnitPaths(Path(sys.argv[1]).resolve())
     settings = _load(paths)

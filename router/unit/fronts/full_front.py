@@ -1,10 +1,10 @@
 """The full front: vLLM's Python API server, with the anchor as its engine.
 
-    python -m router.unit.full_front UNIT_DIR HTTP_FD
+    python -m router.unit.fronts.full_front UNIT_DIR HTTP_FD
 
 Boundary: it starts vLLM's own server, unpatched, on an inherited listening socket. What is answered
 on it until then is `loading`'s business, what is checked of requests and responses around it
-`front_middleware`'s.
+`middleware`'s.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from router.settings import UnitPaths, UnitSettings, load_unit
-from router.unit import fronts
-from router.unit.front_middleware import FrontMiddleware
-from router.unit.loading import Loading
+from router.unit.fronts import launch as fronts
+from router.unit.fronts.loading import Loading
+from router.unit.fronts.middleware import FrontMiddleware
 
 _ASK_EVERY_S: Final = 0.25
 
@@ -29,7 +29,7 @@ _ASK_EVERY_S: Final = 0.25
 def main() -> None:
     """Run the full front of the unit that the command line names."""
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m router.unit.full_front UNIT_DIR HTTP_FD")
+        sys.exit("usage: python -m router.unit.fronts.full_front UNIT_DIR HTTP_FD")
     paths = UnitPaths(sys.argv[1])
     settings = load_unit(paths.unit_settings)
     listener = socket.socket(fileno=int(sys.argv[2]))

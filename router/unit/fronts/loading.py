@@ -1,7 +1,7 @@
 """What a front answers while it loads: 503 with `Retry-After`, in the form of the path's API.
 
 Boundary: a thread beside the loading, on the listening socket that the server takes over later.
-Standard library only, and what `front_requests` needs.
+Standard library only, and what `requests` needs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 import threading
 from typing import Final
 
-from router.unit.front_requests import Refusal, error_body
+from router.unit.fronts.requests import Refusal, error_body
 
 RETRY_AFTER_S: Final = 5
 _LOADING: Final = Refusal(503, "The process that serves this path is starting; try again.")

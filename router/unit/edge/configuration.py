@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Final
 
 from router.settings import UnitPaths, UnitSettings
-from router.unit import edge_errors, fronts
-from router.unit.edge_errors import quoted, refusal
+from router.unit.edge import errors
+from router.unit.edge.errors import quoted, refusal
+from router.unit.fronts import launch as fronts
 
 CHOSEN_PATHS: Final = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 """Served by the fast front unless the body asks for more than it can do."""
@@ -128,7 +129,7 @@ frontend edge
     bind {_unix(paths.edge_socket)} mode 600
     log global
     log-format {_log_format()}
-{edge_errors.internal("openai")}
+{errors.internal("openai")}
 
     acl asks_openai path {" ".join((*CHOSEN_PATHS, RESPONSES_PATH))}
     acl asks_responses path {RESPONSES_PATH}
@@ -184,7 +185,7 @@ def _backends(settings: UnitSettings, paths: UnitPaths) -> str:
             "anthropic",
             "anthropic",
             "full",
-            f"{edge_errors.internal('anthropic')}\n{_admission()}",
+            f"{errors.internal('anthropic')}\n{_admission()}",
             f"{_unix(paths.front_socket(fronts.FULL, 'http'))} track full/front",
         ),
         f"""\

@@ -1,4 +1,4 @@
-"""The gRPC front: `python -m router.unit.grpc_front UNIT_DIR`.
+"""The gRPC front: `python -m router.unit.grpc_front.process UNIT_DIR`.
 
 A server for `baton.v1.Inference` (`grpc_calls`), health, which follows the edge's /health, and
 reflection. It reaches everything on the unit's Unix sockets and dies with its anchor.
@@ -25,7 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from router.settings import UnitPaths, UnitSettings, load_unit
-from router.unit.grpc_calls import SERVICE, Inference
+from router.unit.grpc_front.calls import SERVICE, Inference
 
 _log = logging.getLogger("grpc")
 

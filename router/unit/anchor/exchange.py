@@ -19,10 +19,10 @@ import zmq
 from protos import anchor_link, enginecore
 from protos.errors import ProtocolError
 from router.settings import UnitPaths
-from router.unit.links import FrontLink, RouterLink
-from router.unit.pulse import Pulse
-from router.unit.reactor import Reactor
-from router.unit.relay import Relay
+from router.unit.anchor.links import FrontLink, RouterLink
+from router.unit.anchor.pulse import Pulse
+from router.unit.anchor.reactor import Reactor
+from router.unit.anchor.relay import Relay
 
 _log = logging.getLogger("anchor")
 

@@ -1,0 +1,1 @@
+"""The anchor: holds sockets, keeps the unit's processes running, relays, remembers."""

@@ -1,0 +1,1 @@
+"""The edge: HAProxy's configuration, and the scripts that run in it."""

@@ -1,0 +1,1 @@
+"""The HTTP fronts: vllm-rs, the fast one, and vLLM's Python server, the full one."""
