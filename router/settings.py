@@ -28,6 +28,8 @@ class UnitPaths:
         self.edge_log_socket = self.directory / "edge-log.sock"
         self.edge_socket = self.directory / "edge.sock"
         """The edge's routes for Baton's own processes."""
+        self.grpc_socket = self.directory / "grpc.sock"
+        """Where the gRPC front tells its anchor, over HTTP, that it lives."""
         self.edge_config = self.directory / "haproxy.cfg"
         self.anchor_state = self.directory / "anchor-state.json"
         """Written by the anchor: pids and start times of itself and what it started."""

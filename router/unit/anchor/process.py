@@ -85,6 +85,7 @@ class Anchor:
         }
         # The edge's own answer, whatever is behind it.
         self._probed["edge"] = (paths.edge_socket, "/", 404)
+        self._probed["grpc"] = (paths.grpc_socket, "/", 200)
         self._probes: dict[str, Probe] = {}
         self._wakeup = _wake_on_signals(self._stop)
         self._reactor.on_readable(self._wakeup.fileno(), self._drain_wakeup)

@@ -79,6 +79,16 @@ async def _set_health(servicer: health.aio.HealthServicer, serving: bool) -> Non
         await servicer.set(service, status.SERVING if serving else status.NOT_SERVING)
 
 
+async def answer_probe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Tell the anchor that this process lives: on the loop that serves all calls."""
+    try:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        _log.info("a probe left before it had asked")
+    writer.close()
+
+
 async def run(paths: UnitPaths, settings: UnitSettings) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
     stop = asyncio.Event()
@@ -95,6 +105,7 @@ async def run(paths: UnitPaths, settings: UnitSettings) -> int:
         if server is None:
             return 3
         await server.start()
+        probed = await asyncio.start_unix_server(answer_probe, str(paths.grpc_socket))
         gc.collect()
         gc.freeze()
         follow = asyncio.create_task(follow_health(edge, servicer))
@@ -103,6 +114,7 @@ async def run(paths: UnitPaths, settings: UnitSettings) -> int:
         follow.cancel()
         if not stop.is_set():
             follow.result()  # Raises what ended it.
+        probed.close()
         await servicer.enter_graceful_shutdown()
         await server.stop(_STOP_GRACE_S)
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from protos.inference_pb2 import (
 )
 from protos.inference_pb2_grpc import InferenceStub
 from router.tickets import LONGEST_DEADLINE_MS
+from router.unit.anchor.probe import ASK_EVERY_S, HANGS_S
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "the quick brown fox. "
@@ -281,6 +284,18 @@ def test_it_is_started_again_and_ends_with_its_anchor(tmp_path: Path, unit: Unit
     finally:
         other.end()
     assert process.wait(5) is None
+
+
+@pytest.mark.slow
+def test_a_stopped_one_is_ended_and_started_again(unit: Unit, channel: grpc.Channel) -> None:
+    assert whole(list(InferenceStub(channel).Generate(request(5)))) == echoed(5)
+    time.sleep(2 * ASK_EVERY_S)  # Nobody is judged before it answered once.
+    stopped = unit.pid("grpc")
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    eventually(lambda: unit.pid("grpc") not in (None, stopped), 3 * HANGS_S)
+    call = InferenceStub(channel).Generate(request(5), wait_for_ready=True, timeout=10)
+    assert whole(list(call)) == echoed(5)
 
 
 def listening(pid: int) -> list[Any]:
