@@ -1,1 +1,1 @@
-"""Composition root of the simulated system. Empty until the simulator is built."""
+"""Composition root of the simulated system: so far its workloads and what a cache can save."""

@@ -1,0 +1,215 @@
+"""Request traces: who asked for how many tokens when, and which prompts begin alike.
+
+Three formats are read, plain or compressed with gzip, a line at a time, so that a trace's length
+costs no memory:
+
+- Mooncake's JSON lines: `timestamp` (ms), `input_length`, `output_length` (tokens) and, where
+  prompts are known, `hash_ids`, one for each 512 tokens of the prompt
+  (https://github.com/kvcache-ai/Mooncake, FAST25-release). A `client` may name who asked.
+- Azure's CSV: `TIMESTAMP` (a date), `ContextTokens`, `GeneratedTokens`
+  (https://github.com/Azure/AzurePublicDataset, AzureLLMInferenceDataset2023).
+- BurstGPT's CSV: `Timestamp` (s), `Request tokens`, `Response tokens`
+  (https://github.com/HPMLL/BurstGPT). Requests that failed there have no response tokens and are
+  left out.
+
+Boundary: says what was asked; what the tokens are, and what becomes of them, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple
+
+from protos.errors import BatonError
+
+BLOCK_TOKENS: Final = 512
+"""Of the prompt, for each of `block_ids`; the last one may stand for fewer."""
+_START_CHARACTERS: Final = 4096
+"""Enough to see what a file is."""
+
+
+class TraceError(BatonError):
+    """A trace that can't be used: names the line, what is wrong, and what is expected."""
+
+
+class TracedRequest(NamedTuple):
+    """One request."""
+
+    arrival_s: float
+    """Since the trace's first request."""
+    input_tokens: int
+    output_tokens: int
+    block_ids: tuple[int, ...] = ()
+    """Equal ids, in equal places after equal ids, are equal tokens; empty if nothing is known."""
+    client: str = ""
+
+
+class _Line(NamedTuple):
+    """One of the file, in no format's own terms."""
+
+    number: int
+    time_s: float
+    input_tokens: int
+    output_tokens: int
+    block_ids: tuple[int, ...]
+    client: str
+
+
+def read(path: Path) -> Iterator[TracedRequest]:
+    """The requests, in the order of their arrival. Raises TraceError while reading."""
+    try:
+        with _open(path) as file:
+            yield from _checked(path, _lines(path, file))
+    except FileNotFoundError:
+        raise TraceError(f"{path} does not exist: name a trace file") from None
+    except IsADirectoryError:
+        raise TraceError(f"{path} is a directory: name a trace file") from None
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise TraceError(f"{path} can't be read as text: {error}") from None
+
+
+def _checked(path: Path, lines: Iterator[_Line]) -> Iterator[TracedRequest]:
+    first_s = before_s = None
+    for line in lines:
+        if before_s is not None and line.time_s < before_s:
+            raise _wrong(
+                path, line.number, f"its time {line.time_s} s is before {before_s} s, the time of "
+                "the request above it; sort the trace by time",
+            )  # fmt: skip
+        before_s = line.time_s
+        if first_s is None:
+            first_s = line.time_s
+        yield TracedRequest(
+            line.time_s - first_s,
+            line.input_tokens,
+            line.output_tokens,
+            line.block_ids,
+            line.client,
+        )
+    if first_s is None:
+        raise TraceError(f"{path} holds no requests")
+
+
+def _lines(path: Path, file: IO[str]) -> Iterator[_Line]:
+    start = file.read(_START_CHARACTERS).lstrip()[:1]
+    file.seek(0)
+    if start in ("", "{"):
+        for number, text in enumerate(file, 1):
+            if text.strip():
+                yield _from_json(path, number, text)
+        return
+    rows = csv.reader(file)
+    header = next(rows)
+    columns = {name.strip(): place for place, name in enumerate(header)}
+    reader = next((read for names, read in _CSV_FORMATS if names <= columns.keys()), None)
+    if reader is None:
+        known = "; ".join(", ".join(sorted(names)) for names, _ in _CSV_FORMATS)
+        raise _wrong(path, 1, f"it names neither JSON nor the columns of a known CSV ({known})")
+    for row in rows:
+        number = rows.line_num
+        if row and (line := reader(path, number, _cells(path, number, columns, row))) is not None:
+            yield line
+
+
+def _from_json(path: Path, number: int, text: str) -> _Line:
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _wrong(path, number, f"it is no JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise _wrong(path, number, "it is no JSON object")
+    time_ms = entry.get("timestamp")
+    if isinstance(time_ms, bool) or not isinstance(time_ms, int | float) or not time_ms >= 0:
+        raise _wrong(path, number, f"timestamp is {time_ms!r}; it must be milliseconds, 0 or more")
+    input_tokens = _count(path, number, "input_length", entry.get("input_length"))
+    output_tokens = _count(path, number, "output_length", entry.get("output_length"))
+    block_ids = entry.get("hash_ids", [])
+    if not isinstance(block_ids, list) or not all(
+        type(each) is int and each >= 0 for each in block_ids
+    ):
+        raise _wrong(path, number, "hash_ids must be a list of whole numbers, each 0 or more")
+    wanted = -(-input_tokens // BLOCK_TOKENS)
+    if block_ids and len(block_ids) != wanted:
+        raise _wrong(
+            path, number, f"it has {len(block_ids)} hash_ids; {input_tokens} tokens have {wanted}, "
+            f"one for each {BLOCK_TOKENS}",
+        )  # fmt: skip
+    client = str(entry.get("client", ""))
+    return _Line(number, time_ms / 1000, input_tokens, output_tokens, tuple(block_ids), client)
+
+
+def _from_azure(path: Path, number: int, cells: Mapping[str, str]) -> _Line:
+    text = cells["TIMESTAMP"]
+    try:
+        # Its seconds may have seven decimals, one more than Python reads; a zone would follow them.
+        time_s = datetime.fromisoformat(text[:26]).replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        raise _wrong(path, number, f"TIMESTAMP is {text!r}; it must be a date and time") from None
+    return _Line(
+        number,
+        time_s,
+        _count(path, number, "ContextTokens", cells["ContextTokens"]),
+        _count(path, number, "GeneratedTokens", cells["GeneratedTokens"]),
+        (),
+        "",
+    )
+
+
+def _from_burstgpt(path: Path, number: int, cells: Mapping[str, str]) -> _Line | None:
+    text = cells["Timestamp"]
+    try:
+        time_s = float(text)
+    except ValueError:
+        time_s = -1.0
+    if not time_s >= 0:
+        raise _wrong(path, number, f"Timestamp is {text!r}; it must be seconds, 0 or more")
+    if cells["Response tokens"].strip() == "0":
+        return None
+    return _Line(
+        number,
+        time_s,
+        _count(path, number, "Request tokens", cells["Request tokens"]),
+        _count(path, number, "Response tokens", cells["Response tokens"]),
+        (),
+        "",
+    )
+
+
+_CSV_FORMATS: Final[
+    list[tuple[frozenset[str], Callable[[Path, int, Mapping[str, str]], _Line | None]]]
+] = [
+    (frozenset({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}), _from_azure),
+    (frozenset({"Timestamp", "Request tokens", "Response tokens"}), _from_burstgpt),
+]
+
+
+def _cells(path: Path, number: int, columns: Mapping[str, int], row: list[str]) -> dict[str, str]:
+    if len(row) < len(columns):
+        raise _wrong(path, number, f"it has {len(row)} columns; the first line has {len(columns)}")
+    return {name: row[place] for name, place in columns.items()}
+
+
+def _count(path: Path, number: int, name: str, given: Any) -> int:
+    value = given
+    if isinstance(given, str) and given.strip().isdecimal():
+        value = int(given)
+    if type(value) is not int or value < 1:
+        raise _wrong(
+            path, number, f"{name} is {given!r}; it must be a whole number of tokens, 1 or more"
+        )  # fmt: skip
+    return value
+
+
+def _wrong(path: Path, number: int, what: str) -> TraceError:
+    return TraceError(f"{path} line {number}: {what}")
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
