@@ -50,3 +50,11 @@ def test_the_overhead() -> None:
     for server in ("plain vLLM", "Baton aggregated", "Baton P/D"):
         assert rows(report, server)
     assert "Stages of a request alone, Baton P/D" in report
+
+
+def test_the_kv_index() -> None:
+    report = report_of("kv_index")
+    for tokens in ("8,192", "100,000"):
+        ((_, *cells),) = rows(report, tokens)
+        assert all(float(cell.split()[0]) > 0 for cell in cells)
+    assert "blocks stored a second" in report
