@@ -1,6 +1,6 @@
 """The operator API, on a Unix socket behind the edge: who serves, how it goes, and why.
 
-Boundary: reads the supervisor's state and asks routers on their own sockets; changes nothing.
+Boundary: reads what the supervisor knows and asks routers on their own sockets; changes nothing.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import os
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from urllib.parse import quote
 
 import aiohttp
 from aiohttp import web
 
 from cluster.pools import Slot
+from cluster.state import ClusterState, Unit
 from engine.spec import Role
 from protos.ids import WorkerId
 from router.settings import UnitPaths
-
-if TYPE_CHECKING:
-    from cluster.supervisor import Supervisor, Unit
 
 _ROUTER_LIMIT_S: Final = 2.0
 ROLES: Final[tuple[Role, ...]] = ("prefill", "decode")
@@ -33,8 +31,8 @@ ROLES: Final[tuple[Role, ...]] = ("prefill", "decode")
 class AdminApi:
     """Routes of the operator API."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
         self._runner: web.AppRunner | None = None
 
     async def listen(self, path: Path) -> None:
@@ -53,26 +51,26 @@ class AdminApi:
         os.chmod(path, 0o600)
 
     async def _cluster(self, _: web.Request) -> web.Response:
-        supervisor = self._supervisor
-        settings = supervisor.settings
+        state = self._state
+        settings = state.settings
         return web.json_response(
             {
                 "baton_version": baton_version(),
-                "uptime_s": round(time.time() - supervisor.started_s, 1),
+                "uptime_s": round(time.time() - state.started_s, 1),
                 "engine": settings.config.engine,
                 "model": {"path": settings.model, "served_names": settings.served_names},
                 "pools": {role: self._pool(role) for role in ROLES},
-                "routers": len(supervisor.units),
-                "membership_version": supervisor.membership().version,
+                "routers": len(state.units),
+                "membership_version": state.version,
             }
         )
 
     def _pool(self, role: Role) -> dict[str, Any]:
-        slots = [slot for slot in self._supervisor.pools.slots() if slot.role == role]
+        slots = [slot for slot in self._state.pools.slots() if slot.role == role]
         failures = [f"{slot.worker_id}: {slot.reason}" for slot in slots if slot.reason]
         return {
-            "wanted": self._supervisor.pools.wanted(role),
-            "ready": self._supervisor.pools.ready(role),
+            "wanted": self._state.pools.wanted(role),
+            "ready": self._state.pools.ready(role),
             "last_failures": failures,
         }
 
@@ -81,11 +79,11 @@ class AdminApi:
         for answer in await self._ask_routers("/workers"):
             for worker in (answer or {}).get("workers", []):
                 loads.setdefault(worker["id"], worker.get("load"))
-        slots = self._supervisor.pools.slots()
+        slots = self._state.pools.slots()
         return web.json_response({"workers": [self._worker(slot, loads) for slot in slots]})
 
     def _worker(self, slot: Slot, loads: dict[str, Any]) -> dict[str, Any]:
-        address = self._supervisor.addresses.get(WorkerId(slot.worker_id))
+        address = self._state.address(WorkerId(slot.worker_id))
         since_s = time.time() - (time.monotonic() - slot.since_s)
         return {
             "id": slot.worker_id,
@@ -103,7 +101,7 @@ class AdminApi:
         }
 
     async def _routers(self, _: web.Request) -> web.Response:
-        units = self._supervisor.units.values()
+        units = self._state.units.values()
         return web.json_response({"routers": [_describe_unit(unit) for unit in units]})
 
     async def _request(self, request: web.Request) -> web.Response:
@@ -117,7 +115,7 @@ class AdminApi:
 
     async def _ask_routers(self, path: str) -> list[Any]:
         """Each router's answer; None of one that does not know or is away."""
-        units = list(self._supervisor.units.values())
+        units = list(self._state.units.values())
         return await asyncio.gather(*(_ask_router(unit, path) for unit in units))
 
 

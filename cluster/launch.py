@@ -63,8 +63,9 @@ def start_supervisor(config: Config, instance: Instance, directory: Path, link_t
     import ray
 
     from cluster import supervisor
+    from cluster.state import SupervisorSettings
 
-    settings = supervisor.SupervisorSettings(
+    settings = SupervisorSettings(
         config=config,
         model=str(directory),
         served_names=model.served_names(config),

@@ -1,6 +1,7 @@
 """The supervisor: an actor that starts workers, replaces dead ones and tells routers who is there.
 
-A shell: what to start is decided by `cluster.pools`; the operator API is `cluster.admin_api`.
+A shell: what to start is decided by `cluster.pools`, what it knows is kept in `cluster.state`, and
+the operator API reads that (`cluster.admin_api`).
 It stands in no request's path. Restarted by Ray, it adopts the workers that it finds.
 """
 
@@ -11,9 +12,7 @@ import importlib
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -31,16 +30,17 @@ from cluster.actors import (
     until_it_hangs,
 )
 from cluster.admin_api import AdminApi
-from cluster.config import Config
-from cluster.pools import BecameReady, Begun, Died, Event, Pools, Slot, Start, Tick, role_of
+from cluster.news import News, NewsLog
+from cluster.pools import BecameReady, Begun, Died, Event, Slot, Start, Tick, role_of
+from cluster.state import ClusterState, SupervisorSettings, Unit
 from engine.spec import Role, WorkerAddress, WorkerSpec
 from protos.ids import WorkerId
-from protos.membership import Gone, Member, Membership
+from protos.membership import Membership
 
 logger = logging.getLogger(__name__)
 
 NAME: Final = "supervisor"
-WORKER_CLASSES: Final[dict[Role, str]] = {
+_WORKER_CLASSES: Final[dict[Role, str]] = {
     "prefill": "prefill_workers.actor:PrefillWorker",
     "decode": "decode_workers.actor:DecodeWorker",
 }
@@ -48,72 +48,20 @@ _POLL_S: Final = 10.0
 """A question for news is answered after this time at the latest, so that askers notice a death."""
 _ADOPT_S: Final = 8.0
 _STOP_S: Final = 4.0
-_KEPT_NEWS: Final = 1000
-_GONE_TOLD: Final = 100
-"""Enough for all workers of a node that was lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class SupervisorSettings:
-    """What it is started with, also after a restart."""
-
-    config: Config
-    model: str
-    """Directory of the model, by now on this machine."""
-    served_names: list[str]
-    link_token: str
-    run_directory: str
-    admin_socket: str
-    worker_classes: dict[Role, str] = field(default_factory=lambda: dict(WORKER_CLASSES))
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """Something that `baton serve` tells the person at the terminal."""
-
-    number: int
-    subject: str
-    """A worker's id or a router's."""
-    kind: Literal["starting", "ready", "failed", "died"]
-    reason: str
-    """Why it failed or died; for `starting`, why the one died whose place it takes."""
-    duration_s: float
-    """For `ready`: how long the start took."""
-    fatal: bool
-    """Nothing like it has ever been ready: another attempt would end the same way."""
-
-
-@dataclass(slots=True)
-class Unit:
-    """A router unit that asked for the membership."""
-
-    router_id: str
-    node: str
-    directory: Path
-    seen_s: float
 
 
 class Supervisor:
-    """See the module. Methods other than `start_serving` may be called at any time."""
+    """See the module."""
 
     def __init__(self, settings: SupervisorSettings) -> None:
-        config = settings.config
-        self.settings = settings
-        self.started_s = time.time()
-        self.pools = Pools({"prefill": config.prefill.replicas, "decode": config.decode.replicas})
-        self.addresses: dict[WorkerId, WorkerAddress] = {}
-        self._gone: deque[Gone] = deque(maxlen=_GONE_TOLD)
-        self.units: dict[str, Unit] = {}
+        self._state = ClusterState(settings)
+        self._news = NewsLog()
         self._actors: dict[WorkerId, Any] = {}
-        # Versions only grow, also over restarts of the supervisor.
-        self._version = time.time_ns() // 1_000_000
-        self._news: list[News] = []
-        self._news_count = 0
         self._was_ready: set[Role] = set()
         self._units_ran: set[str] = set()
         self._changed = asyncio.Condition()
         self._closing = False
-        self._admin_api = AdminApi(self)
+        self._admin_api = AdminApi(self._state)
         self._tasks: set[asyncio.Task[None]] = set()
         self._spawn(self._run())
 
@@ -121,16 +69,16 @@ class Supervisor:
 
     async def news_after(self, number: int) -> list[News]:
         """What happened after the news of that number; waits a while for some."""
-        await self._wait_until(lambda: self._news_count > number)
-        return [news for news in self._news if news.number > number]
+        await self._wait_until(lambda: self._news.count > number)
+        return self._news.after(number)
 
     async def membership_after(
         self, router_id: str, node: str, directory: str, version: int
     ) -> Membership | None:
         """A router unit's question: waits a while for a newer membership; None: end yourself."""
-        self.units[router_id] = Unit(router_id, node, Path(directory), time.time())
-        await self._wait_until(lambda: self._closing or self._version > version)
-        return None if self._closing else self.membership()
+        self._state.units[router_id] = Unit(router_id, node, Path(directory), time.time())
+        await self._wait_until(lambda: self._closing or self._state.version > version)
+        return None if self._closing else self._state.membership()
 
     async def unit_changed(self, router_id: str, problem: str | None) -> None:
         """A router unit's anchor runs, or why it does not."""
@@ -152,21 +100,10 @@ class Supervisor:
         for actor in actors:
             ray.kill(actor)
 
-    def membership(self) -> Membership:
-        """Who can serve now."""
-        return Membership(
-            self._version,
-            [
-                Member(a.worker_id, a.incarnation, a.role, a.address, a.node, a.pid)
-                for a in self.addresses.values()
-            ],
-            list(self._gone),
-        )
-
     # Its own life
 
     async def _run(self) -> None:
-        await self._admin_api.listen(Path(self.settings.admin_socket))
+        await self._admin_api.listen(Path(self._state.settings.admin_socket))
         names = await asyncio.to_thread(ray.util.list_named_actors)
         workers = [WorkerId(name) for name in names if role_of(name) is not None]
         found = await asyncio.gather(*(self._find(worker_id) for worker_id in workers))
@@ -179,13 +116,13 @@ class Supervisor:
             self._spawn(self._watch(address.worker_id, self._actors[address.worker_id]))
 
     async def _handle(self, event: Event) -> None:
-        before = {slot.worker_id for slot in self.pools.slots()}
-        for command in self.pools.handle(time.monotonic(), event):
+        before = {slot.worker_id for slot in self._state.pools.slots()}
+        for command in self._state.pools.handle(time.monotonic(), event):
             if isinstance(command, Start):
                 self._spawn(self._run_worker(command))
             else:
                 self._spawn(self._tick_at(command.at_s))
-        for slot in self.pools.slots():
+        for slot in self._state.pools.slots():
             if slot.worker_id not in before and slot.state == "starting":
                 self._tell(slot.worker_id, "starting", slot.reason)
         await self._notify()
@@ -258,10 +195,8 @@ class Supervisor:
         return address
 
     def _admit(self, address: WorkerAddress) -> None:
-        """It is a member from now on."""
-        self.addresses[address.worker_id] = address
+        self._state.admit(address)
         self._was_ready.add(address.role)
-        self._version += 1
 
     async def _bury(self, worker_id: WorkerId, actor: Any | None, reason: str) -> None:
         if self._closing:
@@ -274,22 +209,21 @@ class Supervisor:
             self._tell(worker_id, "failed", reason, fatal=slot.role not in self._was_ready)
         else:
             self._tell(worker_id, "died", reason)
-        if (address := self.addresses.pop(worker_id, None)) is not None:
-            self._gone.append(Gone(worker_id, address.incarnation, reason))
-            self._version += 1
+        self._state.expel(worker_id, reason)
         await self._handle(Died(worker_id, reason))
 
     # Helpers
 
     def _spec(self, start: Start) -> WorkerSpec:
-        config = self.settings.config
+        settings = self._state.settings
+        config = settings.config
         return WorkerSpec(
             worker_id=start.worker_id,
             role=start.role,
             engine=config.engine,
-            model=self.settings.model,
-            run_directory=f"{self.settings.run_directory}/workers/{start.worker_id}",
-            link_token=self.settings.link_token,
+            model=settings.model,
+            run_directory=f"{settings.run_directory}/workers/{start.worker_id}",
+            link_token=settings.link_token,
             kv_lease_s=config.kv.lease_s,
             engine_args=engine_defaults.arguments(config, start.role),
             environment=engine_defaults.environment(config, start.role),
@@ -297,7 +231,7 @@ class Supervisor:
         )
 
     def _create(self, spec: WorkerSpec) -> Any:
-        module, _, name = self.settings.worker_classes[spec.role].partition(":")
+        module, _, name = _WORKER_CLASSES[spec.role].partition(":")
         worker_class = getattr(importlib.import_module(module), name)
         gpus = 0
         if spec.engine == "vllm" and ray.cluster_resources().get("GPU", 0):
@@ -309,7 +243,7 @@ class Supervisor:
         return ray.remote(worker_class).options(**options).remote(spec)
 
     def _slot(self, worker_id: WorkerId) -> Slot:
-        return next(slot for slot in self.pools.slots() if slot.worker_id == worker_id)
+        return next(slot for slot in self._state.pools.slots() if slot.worker_id == worker_id)
 
     def _tell(
         self,
@@ -320,9 +254,7 @@ class Supervisor:
         duration_s: float = 0.0,
         fatal: bool = False,
     ) -> None:
-        self._news_count += 1
-        news = News(self._news_count, subject, kind, reason, duration_s, fatal)
-        self._news = [*self._news[-_KEPT_NEWS:], news]
+        self._news.add(subject, kind, reason, duration_s, fatal)
         logger.info("%s %s %s", subject, kind, reason)
 
     async def _notify(self) -> None:
