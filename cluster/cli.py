@@ -123,12 +123,3 @@ def _report_errors(command: str, work: Callable[[], None]) -> None:
         for line in str(error).splitlines():
             print(f"baton {command}: {line}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-
-
-def main() -> None:
-    """Entry point."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

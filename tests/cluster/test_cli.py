@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parents[2]
 
 def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments],
+        [sys.executable, "-m", "cluster", *arguments],
         cwd=_ROOT,
         capture_output=True,
         text=True,

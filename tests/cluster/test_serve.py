@@ -38,7 +38,7 @@ class Serving:
         self.output = directory / "output"
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "serve", "--engine", "simulated",
+                [sys.executable, "-m", "cluster", "serve", "--engine", "simulated",
                  "--port", str(port)],
                 cwd=_ROOT,
                 stdout=output,
@@ -191,7 +191,7 @@ def no_stranger_gets_in(serving: Serving) -> None:
 
 def a_second_one_is_told_why(serving: Serving) -> None:
     second = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "serve", "--engine", "simulated",
+        [sys.executable, "-m", "cluster", "serve", "--engine", "simulated",
          "--port", str(serving.port)],
         cwd=_ROOT,
         capture_output=True,

@@ -247,7 +247,7 @@ MISTAKES = {
 
 def serve_with(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "serve", *arguments],
+        [sys.executable, "-m", "cluster", "serve", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -406,9 +406,17 @@ def test_an_end_in_the_middle_of_the_start_leaves_nothing(
     assert_nothing_is_left(instance, seen, began_s, f"{end.__name__} after {after_s} s")
 
 
-def test_ctrl_c_before_its_first_line_leaves_nothing(started: Callable[..., BatonServe]) -> None:
-    serve = started()
-    until(lambda: psutil.Process(serve.process.pid).cpu_times().user > 0.2, 20, "it has begun")
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_before_its_first_line_leaves_nothing(
+    started: Callable[..., BatonServe], inherited: Any
+) -> None:
+    """Also where it was started as shells start background commands, with the signal ignored."""
+    ours = signal.signal(signal.SIGINT, inherited)
+    try:
+        serve = started()
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    until(lambda: psutil.Process(serve.process.pid).cpu_times().user > 0.1, 20, "it has begun")
     began_s = time.monotonic()
     press_ctrl_c(serve)
     serve.process.wait(STOP_TIMEOUT_S)

@@ -13,14 +13,15 @@ import pytest
 
 from router.unit.children import Child, Command
 
-SHELL_WAITS = ("/bin/sh", "-c", "read line && exec sleep 60")
-"""Until it is told to begin, then until it is killed."""
+SLEEP = ["sleep", "61.5"]
+SHELL = ["/bin/sh", "-c", f"read line && exec {' '.join(SLEEP)}"]
+"""Waits until it is told to begin, then until it is killed."""
 QUICK_KILLS_S = 0.4
 
 
 @pytest.fixture
 def child(tmp_path: Path) -> Iterator[Child]:
-    command = Command(SHELL_WAITS, os.environ, standbys=2, settled_s=0.2)
+    command = Command(SHELL, os.environ, standbys=2, settled_s=0.2)
     child = Child("waits", tmp_path, command)
     yield child
     child.end()
@@ -30,7 +31,9 @@ def child(tmp_path: Path) -> Iterator[Child]:
 def processes() -> list[int]:
     """All of the child's, in the order in which they started."""
     alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-    return [p.pid for p in sorted(alive, key=lambda p: (p.create_time(), p.pid))]
+    # Others are the clusters that tests share.
+    its = [p for p in alive if p.cmdline() in (SHELL, SLEEP)]
+    return [p.pid for p in sorted(its, key=lambda p: (p.create_time(), p.pid))]
 
 
 def look(child: Child, from_s: float, to_s: float) -> None:
