@@ -152,9 +152,17 @@ class SimulatedSection(_Section):
     prefill_token_s: Seconds = Field(
         default=SimulatedTiming().prefill_token_s, description="Added per prompt token in the step."
     )
+    prefill_pair_s: Seconds = Field(
+        default=SimulatedTiming().prefill_pair_s,
+        description="Added per prompt token and token that it attends to.",
+    )
     decode_request_s: Seconds = Field(
         default=SimulatedTiming().decode_request_s,
         description="Added per generating request in the step.",
+    )
+    decode_context_token_s: Seconds = Field(
+        default=SimulatedTiming().decode_context_token_s,
+        description="Added per token that a generating request attends to.",
     )
     transfer_block_s: Seconds = Field(
         default=SimulatedTiming().transfer_block_s, description="Fetching one block of state."

@@ -13,11 +13,13 @@ EngineKind = Literal["vllm", "simulated"]
 
 @dataclass(frozen=True, slots=True)
 class SimulatedTiming:
-    """Step times of the simulated engine: a line in what the step computes."""
+    """Step times of the simulated engine: linear in what the step computes."""
 
     step_base_s: float = 0.004
     prefill_token_s: float = 20e-6
+    prefill_pair_s: float = 0.0
     decode_request_s: float = 50e-6
+    decode_context_token_s: float = 0.0
     transfer_block_s: float = 100e-6
 
 

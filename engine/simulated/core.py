@@ -112,9 +112,8 @@ class SimulatedCore:
             self._previous_finish_s = None
             return None
         self._work = work
-        prefill_tokens, decodes = work.prefill_tokens, work.decode_requests
-        duration_s = self._times.step_s(prefill_tokens, decodes) if work.items else 0.0
-        return StepPlan(prefill_tokens, decodes, duration_s)
+        duration_s = self._times.step_s(work.cost) if work.items else 0.0
+        return StepPlan(work.cost.prefill_tokens, work.cost.decode_requests, duration_s)
 
     def finish_step(self, now_s: float) -> EngineStep:
         """Complete the step that was started: tokens, ends, load and counters."""

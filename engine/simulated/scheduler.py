@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from engine.latency_model import StepTimes
+from engine.latency_model import StepTimes, StepWork
 from engine.simulated.kv_cache import BlockPool
 from engine.simulated.request import SimulatedRequest
 from protos.enginecore import PrefillStats
@@ -52,16 +52,15 @@ class Work:
     """What one step computes: each request with its number of tokens."""
 
     items: list[tuple[SimulatedRequest, int]] = field(default_factory=list)
-    prefill_tokens: int = 0
-    decode_requests: int = 0
+    cost: StepWork = field(default_factory=StepWork)
 
     def include(self, request: SimulatedRequest, tokens: int) -> None:
         """A request whose newest token alone is missing costs what a decode costs."""
         self.items.append((request, tokens))
         if request.decoding:
-            self.decode_requests += 1
+            self.cost.add_decode(request.computed_tokens)
         else:
-            self.prefill_tokens += tokens
+            self.cost.add_prefill(tokens, request.computed_tokens)
 
 
 class Scheduler:
@@ -148,8 +147,7 @@ class Scheduler:
                 continue
             if len(request.tokens) > size * len(request.block_ids) and not self._grow(request):
                 continue
-            work.items.append((request, 1))
-            work.decode_requests += 1
+            work.include(request, 1)
             if (request.computed_tokens + 1) % size == 0:
                 self._publish(request, request.computed_tokens + 1)
 
@@ -173,7 +171,7 @@ class Scheduler:
 
     def _schedule_prefills(self, now_s: float, work: Work) -> None:
         """Spend what is left of the budget on prompts: those begun, then new ones as they fit."""
-        budget_tokens = self._limits.max_step_tokens - work.decode_requests
+        budget_tokens = self._limits.max_step_tokens - work.cost.decode_requests
         for request in self._running:
             if budget_tokens and not request.decoding:
                 budget_tokens -= self._schedule(work, request, budget_tokens)

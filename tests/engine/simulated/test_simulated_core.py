@@ -32,7 +32,7 @@ TIMING = SimulatedTiming(
 )
 
 
-def make_core(**limits: Any) -> SimulatedCore:
+def make_core(timing: SimulatedTiming = TIMING, **limits: Any) -> SimulatedCore:
     values: dict[str, Any] = {
         "engine_id": "worker-a",
         "block_size_tokens": 4,
@@ -42,7 +42,7 @@ def make_core(**limits: Any) -> SimulatedCore:
         "max_step_tokens": 32,
         "kv_lease_s": 30.0,
     }
-    return SimulatedCore(SimulatedLimits(**(values | limits)), StepTimes(TIMING))
+    return SimulatedCore(SimulatedLimits(**(values | limits)), StepTimes(timing))
 
 
 def tokens(count: int, first: int = 100) -> list[int]:
@@ -383,3 +383,20 @@ def test_step_time_is_that_since_the_step_before_unless_idle_between() -> None:
 def test_limits_that_cant_work_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"at least|can't hold"):
         make_core(**limits)
+
+
+def test_a_step_costs_what_its_tokens_attend_to() -> None:
+    timing = SimulatedTiming(
+        step_base_s=1.0,
+        prefill_token_s=0.0,
+        prefill_pair_s=0.01,
+        decode_request_s=0.0,
+        decode_context_token_s=0.1,
+    )
+    core = make_core(timing, max_step_tokens=8)
+    core.add(make_request("a", tokens(12), max_tokens=3))
+    assert step(core, 0.0)[0].duration_s == pytest.approx(1.0 + 0.01 * 8 * 4)
+    assert step(core, 2.0)[0].duration_s == pytest.approx(1.0 + 0.01 * 4 * (8 + 2))
+    # The newest token attends to the prompt, then also to the one before it.
+    assert step(core, 4.0)[0].duration_s == pytest.approx(1.0 + 0.1 * 12)
+    assert step(core, 6.0)[0].duration_s == pytest.approx(1.0 + 0.1 * 13)
