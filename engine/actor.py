@@ -92,7 +92,10 @@ class EngineActor:
             try:
                 # The routers first: who waits for `run_until_closed` ends this process at once.
                 await self._service.stop_serving(self._why)
-                self._over.set()
+            except Exception:
+                logger.exception("worker %s could not end its links", self._spec.worker_id)
+            self._over.set()
+            try:
                 await asyncio.sleep(_LAST_WORDS_S)
             finally:
                 os._exit(1)

@@ -11,7 +11,7 @@ Role = Literal["prefill", "decode"]
 EngineKind = Literal["vllm", "simulated"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedTiming:
     """Step times of the simulated engine: linear in what the step computes."""
 

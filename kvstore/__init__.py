@@ -1,4 +1,4 @@
-"""KV state: the connector that moves it between engines, and the leases that guard it.
+"""KV state: the connector that moves it between engines, the leases that guard it, and the index.
 
-The distributed store (index, tiers, eviction, store nodes) will live here too.
+The rest of the distributed store (tiers, eviction, store nodes) will live here too.
 """

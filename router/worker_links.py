@@ -119,8 +119,9 @@ class WorkerLink:
         if not self._said_dead:
             self._said_dead = True
             incarnation, self._incarnation = self._incarnation, None
-            if self._last_words and self._last_words != why:
-                why = f"{why} ({self._last_words})"
+            last_words = " ".join(self._last_words.split())
+            if last_words and last_words != why:
+                why = f"{why} ({last_words})"
             self._listener.feed(WorkerDead(self._id, incarnation, why))
 
     async def run(self) -> None:

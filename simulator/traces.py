@@ -20,15 +20,21 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from reprlib import repr
 from typing import IO, Any, Final, NamedTuple
 
 from protos.errors import BatonError
 
 BLOCK_TOKENS: Final = 512
 """Of the prompt, for each of `block_ids`; the last one may stand for fewer."""
+_NEVER_S: Final = 1e12
+"""Times from here on are none: it is 30,000 years."""
+_ID_LIMIT: Final = 1 << 64
+_COUNT_DIGITS: Final = 15
 _START_CHARACTERS: Final = 4096
 """Enough to see what a file is."""
 
@@ -65,12 +71,10 @@ def read(path: Path) -> Iterator[TracedRequest]:
     try:
         with _open(path) as file:
             yield from _checked(path, _lines(path, file))
-    except FileNotFoundError:
-        raise TraceError(f"{path} does not exist: name a trace file") from None
-    except IsADirectoryError:
-        raise TraceError(f"{path} is a directory: name a trace file") from None
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
         raise TraceError(f"{path} can't be read as text: {error}") from None
+    except OSError as error:
+        raise TraceError(f"{path} can't be read: {error.strerror}; name a trace file") from None
 
 
 def _checked(path: Path, lines: Iterator[_Line]) -> Iterator[TracedRequest]:
@@ -104,57 +108,76 @@ def _lines(path: Path, file: IO[str]) -> Iterator[_Line]:
                 yield _from_json(path, number, text)
         return
     rows = csv.reader(file)
-    header = next(rows)
+    header = next(_rows(path, rows))
     columns = {name.strip(): place for place, name in enumerate(header)}
     reader = next((read for names, read in _CSV_FORMATS if names <= columns.keys()), None)
     if reader is None:
         known = "; ".join(", ".join(sorted(names)) for names, _ in _CSV_FORMATS)
         raise _wrong(path, 1, f"it names neither JSON nor the columns of a known CSV ({known})")
-    for row in rows:
+    for row in _rows(path, rows):
         number = rows.line_num
         if row and (line := reader(path, number, _cells(path, number, columns, row))) is not None:
             yield line
 
 
+def _rows(path: Path, rows: Any) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise _wrong(path, rows.line_num, f"it is no CSV: {error}") from None
+
+
 def _from_json(path: Path, number: int, text: str) -> _Line:
     try:
         entry = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # Also a number of thousands of digits.
         raise _wrong(path, number, f"it is no JSON: {error}") from None
     if not isinstance(entry, dict):
         raise _wrong(path, number, "it is no JSON object")
     time_ms = entry.get("timestamp")
-    if isinstance(time_ms, bool) or not isinstance(time_ms, int | float) or not time_ms >= 0:
-        raise _wrong(path, number, f"timestamp is {time_ms!r}; it must be milliseconds, 0 or more")
+    if (
+        isinstance(time_ms, bool)
+        or not isinstance(time_ms, int | float)
+        or not 0 <= time_ms < _NEVER_S * 1000
+    ):
+        raise _wrong(
+            path, number, f"timestamp is {repr(time_ms)}; it must be milliseconds, 0 or more"
+        )
     input_tokens = _count(path, number, "input_length", entry.get("input_length"))
     output_tokens = _count(path, number, "output_length", entry.get("output_length"))
     block_ids = entry.get("hash_ids", [])
     if not isinstance(block_ids, list) or not all(
-        type(each) is int and each >= 0 for each in block_ids
+        type(each) is int and 0 <= each < _ID_LIMIT for each in block_ids
     ):
-        raise _wrong(path, number, "hash_ids must be a list of whole numbers, each 0 or more")
+        raise _wrong(
+            path, number, "hash_ids must be a list of whole numbers, each 0 or more and of 64 bits"
+        )  # fmt: skip
     wanted = -(-input_tokens // BLOCK_TOKENS)
     if block_ids and len(block_ids) != wanted:
         raise _wrong(
             path, number, f"it has {len(block_ids)} hash_ids; {input_tokens} tokens have {wanted}, "
             f"one for each {BLOCK_TOKENS}",
         )  # fmt: skip
-    client = str(entry.get("client", ""))
+    client = entry.get("client")
+    client = "" if client is None else str(client)
     return _Line(number, time_ms / 1000, input_tokens, output_tokens, tuple(block_ids), client)
 
 
 def _from_azure(path: Path, number: int, cells: Mapping[str, str]) -> _Line:
     text = cells["TIMESTAMP"]
     try:
-        # Its seconds may have seven decimals, one more than Python reads; a zone would follow them.
-        time_s = datetime.fromisoformat(text[:26]).replace(tzinfo=UTC).timestamp()
+        time = datetime.fromisoformat(text)
     except ValueError:
-        raise _wrong(path, number, f"TIMESTAMP is {text!r}; it must be a date and time") from None
+        raise _wrong(
+            path, number, f"TIMESTAMP is {repr(text)}; it must be a date and time"
+        ) from None
+    # Without a zone it is one without leaps.
+    time_s = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
     return _Line(
         number,
         time_s,
-        _count(path, number, "ContextTokens", cells["ContextTokens"]),
-        _count(path, number, "GeneratedTokens", cells["GeneratedTokens"]),
+        _cell_count(path, number, "ContextTokens", cells),
+        _cell_count(path, number, "GeneratedTokens", cells),
         (),
         "",
     )
@@ -166,15 +189,15 @@ def _from_burstgpt(path: Path, number: int, cells: Mapping[str, str]) -> _Line |
         time_s = float(text)
     except ValueError:
         time_s = -1.0
-    if not time_s >= 0:
-        raise _wrong(path, number, f"Timestamp is {text!r}; it must be seconds, 0 or more")
+    if not 0 <= time_s < _NEVER_S:
+        raise _wrong(path, number, f"Timestamp is {repr(text)}; it must be seconds, 0 or more")
     if cells["Response tokens"].strip() == "0":
         return None
     return _Line(
         number,
         time_s,
-        _count(path, number, "Request tokens", cells["Request tokens"]),
-        _count(path, number, "Response tokens", cells["Response tokens"]),
+        _cell_count(path, number, "Request tokens", cells),
+        _cell_count(path, number, "Response tokens", cells),
         (),
         "",
     )
@@ -194,13 +217,17 @@ def _cells(path: Path, number: int, columns: Mapping[str, int], row: list[str]) 
     return {name: row[place] for name, place in columns.items()}
 
 
+def _cell_count(path: Path, number: int, name: str, cells: Mapping[str, str]) -> int:
+    text = cells[name].strip()
+    is_count = text.isdecimal() and len(text) <= _COUNT_DIGITS
+    return _count(path, number, name, int(text) if is_count else text)
+
+
 def _count(path: Path, number: int, name: str, given: Any) -> int:
     value = given
-    if isinstance(given, str) and given.strip().isdecimal():
-        value = int(given)
     if type(value) is not int or value < 1:
         raise _wrong(
-            path, number, f"{name} is {given!r}; it must be a whole number of tokens, 1 or more"
+            path, number, f"{name} is {repr(given)}; it must be a whole number of tokens, 1 or more"
         )  # fmt: skip
     return value
 

@@ -87,7 +87,8 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._standbys: list[subprocess.Popen[bytes]] = []
         """The oldest first."""
-        self._standby_due_s = 0.0
+        self._standby_due_s: float | None = None
+        self._spawned_standby_s = -_STANDBY_EVERY_S
         self._started_s = 0.0
         self._pause_s = 0.0
         self.due_s: float | None = 0.0
@@ -101,7 +102,7 @@ class Child:
         """Whether it runs now. A command that can't be run is tried again like one that ended."""
         self._process = self._standbys.pop(0) if self._standbys else self._spawn()
         self._started_s = now_s
-        self._standby_due_s = max(self._standby_due_s, now_s + _STANDBY_AFTER_S)
+        self._plan_standby(now_s)
         self.due_s = None
         if self._process is None:
             self._plan_restart(now_s)
@@ -113,17 +114,30 @@ class Child:
                 self._process.stdin.close()
         return self._process is not None
 
+    @property
+    def standby_due_s(self) -> float | None:
+        """When to call `keep_standby` for the next one; None while none is missing."""
+        return None if self._process is None else self._standby_due_s
+
     def keep_standby(self, now_s: float) -> None:
-        """Have one wait soon after the process itself started; notice one that ended."""
+        """Have them wait soon after the process itself started; notice one that ended."""
         alive = [each for each in self._standbys if each.poll() is None]
         if len(alive) < len(self._standbys):
             self._standbys = alive
             self._standby_due_s = now_s + _SETTLED_S
-        wanted = self._command.standbys if self._process is not None else 0
-        if len(self._standbys) < wanted and now_s >= self._standby_due_s:
+        due_s = self.standby_due_s
+        if due_s is not None and now_s >= due_s:
             if (spawned := self._spawn()) is not None:
                 self._standbys.append(spawned)
-            self._standby_due_s = now_s + _STANDBY_EVERY_S
+            self._spawned_standby_s = now_s
+            self._standby_due_s = None
+            self._plan_standby(now_s)
+
+    def _plan_standby(self, now_s: float) -> None:
+        """One that is planned stays so: deaths that follow one another must not put it off."""
+        if self._standby_due_s is None and len(self._standbys) < self._command.standbys:
+            next_s = self._spawned_standby_s + _STANDBY_EVERY_S
+            self._standby_due_s = max(next_s, now_s + _STANDBY_AFTER_S)
 
     def _spawn(self) -> subprocess.Popen[bytes] | None:
         """None if the command can't be run."""

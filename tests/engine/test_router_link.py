@@ -189,7 +189,9 @@ def test_whatever_the_rhythm_everything_goes_out_once_in_order(
 async def service() -> AsyncIterator[tuple[WorkerService, str]]:
     spec = WorkerSpec(
         WorkerId("decode-0"), "decode", "simulated", "none", "/nonexistent", TOKEN,
-        simulated=SimulatedTiming(0.0002, 0.0, 0.0, 0.0),
+        simulated=SimulatedTiming(
+            step_base_s=0.0002, prefill_token_s=0.0, decode_request_s=0.0, transfer_block_s=0.0
+        ),
     )  # fmt: skip
     service = WorkerService(spec, SimulatedEngine(spec))
     port = await service.start()

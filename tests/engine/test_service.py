@@ -231,7 +231,9 @@ async def test_figures_come_under_vllms_names(address: str) -> None:
 async def test_what_comes_late_on_a_superseded_link_is_not_carried_out() -> None:
     spec = WorkerSpec(
         WorkerId("decode-0"), "decode", "simulated", "none", "/nonexistent", TOKEN,
-        simulated=SimulatedTiming(0.001, 0.0, 0.0, 0.0),
+        simulated=SimulatedTiming(
+            step_base_s=0.001, prefill_token_s=0.0, decode_request_s=0.0, transfer_block_s=0.0
+        ),
     )  # fmt: skip
     service = WorkerService(spec, SimulatedEngine(spec))
     await service.start()

@@ -95,6 +95,25 @@ def test_without_room_the_newest_blocks_are_left_out() -> None:
     assert index.match(names(50, 2)) == {"b": 2}
 
 
+def test_what_is_dead_makes_room() -> None:
+    index = KvIndex(1000)
+    index.store("a", names(0, 1000))
+    index.drop("a")
+    index.store("b", names(5000, 1000))
+    assert index.left_out == 0
+    assert index.match(names(5000, 1000)) == {"b": 1000}
+    assert index.entries == 1000
+
+
+def test_snapshots_that_come_again_and_again_take_no_more_room() -> None:
+    index = KvIndex(100_000)
+    for _ in range(50):
+        index.drop("a")
+        index.store("a", names(0, 5000))
+    assert index.entries == 5000
+    assert index._slots_made <= 2
+
+
 def test_hundreds_of_workers_have_an_answer_each() -> None:
     index = KvIndex(100_000)
     for number in range(300):

@@ -1,6 +1,6 @@
 """A process of the router unit is killed under streams: what it takes along, and what it leaves.
 
-Each test names the sentence of DESIGN.md §2 that it proves. The engines are simulated, since no
+Each test names the sentence that it proves. The engines are simulated, since no
 engine runs in these processes; all else is as a person starts it.
 """
 
@@ -305,7 +305,7 @@ async def test_a_killed_fast_front_takes_its_own_streams(paced: BatonServe) -> N
 @pytest.mark.timeout(500)
 async def test_a_killed_full_front_takes_its_own_streams(paced: BatonServe) -> None:
     """ "If the anchor dies, its streams end, as when a front does." And of the start: "It starts
-    after the fast one (its routes answer 503 with `Retry-After` until then)", the issue says."""
+    after the fast one (its routes answer 503 with `Retry-After` until then)"."""
     await until_ready(paced)
     before = await footprint(paced)
     unit = await unit_of(paced)

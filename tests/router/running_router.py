@@ -273,7 +273,9 @@ async def expected(request: EngineRequest) -> list[int]:
     spec = WorkerSpec(
         "reference", "decode", "simulated", "none", "/nonexistent", "",  # type: ignore[arg-type]
         engine_args={"num_gpu_blocks_override": 512, "max_model_len": 2048},
-        simulated=SimulatedTiming(0.0, 0.0, 0.0, 0.0),
+        simulated=SimulatedTiming(
+            step_base_s=0.0, prefill_token_s=0.0, decode_request_s=0.0, transfer_block_s=0.0
+        ),
     )  # fmt: skip
     engine = SimulatedEngine(spec)
     await engine.start()

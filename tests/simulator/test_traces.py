@@ -16,8 +16,8 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:50.9951690,396,109
 """
 AZURE_2024 = """TIMESTAMP,ContextTokens,GeneratedTokens
-2024-05-10 00:00:00.009930+00:00,2162,5
-2024-05-10 00:00:01.509930+00:00,2399,6
+2024-05-10 00:00:00.00993+00:00,2162,5
+2024-05-10 02:00:01.509930+02:00,2399,6
 """
 BURSTGPT = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
 5,ChatGPT,472,18,490,Conversation log
@@ -41,10 +41,12 @@ def test_mooncakes_lines(tmp_path: Path) -> None:
         tmp_path,
         entry(timestamp=3000, hash_ids=[0, 7]),
         "",
+        entry(timestamp=3000, client=None),
         entry(timestamp=3500, input_length=BLOCK_TOKENS, hash_ids=[0], client=20),
     )
     assert list(read(path)) == [
         TracedRequest(0.0, 600, 5, (0, 7)),
+        TracedRequest(0.0, 600, 5),
         TracedRequest(0.5, BLOCK_TOKENS, 5, (0,), "20"),
     ]
 
@@ -76,6 +78,11 @@ def test_csv(tmp_path: Path, text: str, expected: list[Any], packed: bool) -> No
         (entry(timestamp="soon"), "timestamp is 'soon'"),
         (entry(timestamp=True), "timestamp is True"),
         (entry(timestamp=float("nan")), "timestamp is nan"),
+        (entry(timestamp=float("inf")), "timestamp is inf"),
+        (entry(timestamp=10**400), "timestamp is 1000"),
+        ('{"timestamp": ' + "9" * 5000 + "}", "it is no JSON"),
+        (entry(input_length="600"), "input_length is '600'"),
+        (entry(hash_ids=[1, 2**64]), "hash_ids must be a list of whole numbers"),
         ({"timestamp": 5, "output_length": 3}, "input_length is None; it must be a whole number"),
         (entry(input_length=0), "input_length is 0"),
         (entry(input_length=1.5), "input_length is 1.5"),
@@ -103,7 +110,10 @@ def test_a_broken_line_is_named(tmp_path: Path, line: Any, said: str) -> None:
         (AZURE.replace(",396,109", ""), 3, "it has 1 columns; the first line has 3"),
         (AZURE.replace("18:15:50", "18:15:40"), 3, "sort the trace by time"),
         (BURSTGPT.replace("45,", "nan,"), 4, "Timestamp is 'nan'; it must be seconds"),
-        (BURSTGPT.replace("1087", "0"), 4, "Request tokens is '0'"),
+        (BURSTGPT.replace("45,", "inf,"), 4, "Timestamp is 'inf'; it must be seconds"),
+        (BURSTGPT.replace("1087", "9" * 5000), 4, "Request tokens is '9999"),
+        (f"a,{'b' * 200_000}\n", 1, "it is no CSV"),
+        (BURSTGPT.replace("1087", "0"), 4, "Request tokens is 0;"),
         ("a,b\n1,2\n", 1, "it names neither JSON nor the columns of a known CSV"),
     ],
 )
@@ -133,12 +143,17 @@ def test_what_is_no_trace(tmp_path: Path, content: bytes, said: str) -> None:
 
 
 def test_what_is_not_there_or_not_packed(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="does not exist"):
+    with pytest.raises(TraceError, match="No such file"):
         list(read(tmp_path / "none.jsonl"))
-    with pytest.raises(TraceError, match="is a directory"):
+    with pytest.raises(TraceError, match="Is a directory"):
         list(read(tmp_path))
     path = tmp_path / "trace.jsonl.gz"
     path.write_text(json.dumps(entry()))
+    with pytest.raises(TraceError, match="can't be read as text"):
+        list(read(path))
+    packed = bytearray(gzip.compress(json.dumps(entry()).encode() * 100))
+    packed[12:16] = b"\xff\xff\xff\xff"
+    path.write_bytes(packed)
     with pytest.raises(TraceError, match="can't be read as text"):
         list(read(path))
     path.write_bytes(gzip.compress(json.dumps(entry()).encode() * 100)[:-12])

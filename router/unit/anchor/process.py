@@ -131,8 +131,11 @@ class Anchor:
         if self._exchange.router_hangs(now_s):
             _log.error("the router answers nothing; it is ended")
             self._children["router"].send_signal(signal.SIGKILL)
-        due_s = [child.due_s for child in self._children.values() if child.due_s is not None]
-        self._look_at_s = min([now_s + _LOOK_EVERY_S, *due_s])
+        children = self._children.values()
+        planned_s = [due_s for child in children for due_s in (child.due_s, child.standby_due_s)]
+        self._look_at_s = min(
+            [now_s + _LOOK_EVERY_S, *(due_s for due_s in planned_s if due_s is not None)]
+        )
 
     def _keep_running(self, now_s: float) -> None:
         """Notice which children ended, and start those that are due."""

@@ -1,6 +1,6 @@
 """The gRPC front: `python -m router.unit.grpc_front.process UNIT_DIR`.
 
-A server for `baton.v1.Inference` (`grpc_calls`), health, which follows the edge's /health, and
+A server for `baton.v1.Inference` (`calls`), health, which follows the edge's /health, and
 reflection. It reaches everything on the unit's Unix sockets and dies with its anchor.
 
 Exit codes: 0 after SIGTERM, 2 unusable settings, 3 the port is taken.

@@ -1,7 +1,7 @@
 """Between `baton.v1` and the HTTP API's completions route: requests and events.
 
 Pure. A GenerateRequest becomes a JSON body, the events of the answer's stream GenerateResponses;
-what goes wrong, `grpc_errors` names.
+what goes wrong, `errors` names.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ def test_a_stopped_one_is_ended_and_started_again(unit: Unit, channel: grpc.Chan
     assert stopped is not None
     os.kill(stopped, signal.SIGSTOP)
     eventually(lambda: unit.pid("grpc") not in (None, stopped), 3 * HANGS_S)
-    call = InferenceStub(channel).Generate(request(5), wait_for_ready=True, timeout=10)
+    call = InferenceStub(channel).Generate(request(5), wait_for_ready=True, timeout=30)
     assert whole(list(call)) == echoed(5)
 
 
