@@ -22,7 +22,7 @@ import psutil
 
 from cluster.engine_defaults import cpu_arguments, cpu_environment
 from cluster.model import TINY_NAME
-from tests.live.cluster_process import free_port
+from tests.free_ports import free_port
 
 START_TIMEOUT_S: Final = 240.0
 _STOP_S: Final = 15.0

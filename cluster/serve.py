@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import http.client
 import os
 import secrets
 import signal
@@ -247,7 +248,7 @@ def _is_healthy(address: str) -> bool:
     try:
         with opener.open(address, timeout=2) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (OSError, http.client.HTTPException):  # Also something else that listens there.
         return False
 
 

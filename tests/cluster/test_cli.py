@@ -17,8 +17,10 @@ import pytest
 from rich.console import Console
 
 from cluster.ports import check_port, target, url
+from cluster.serve import _is_healthy
 from cluster.status import explain, show_status
 from protos.errors import BatonError, ConfigError
+from tests.free_ports import free_port
 
 _ROOT = Path(__file__).parents[2]
 
@@ -32,13 +34,6 @@ def baton(*arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=30,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class _Operator(http.server.BaseHTTPRequestHandler):
@@ -132,6 +127,22 @@ def test_config_prints_what_is_in_effect() -> None:
 
 def test_a_free_port_is_fine() -> None:
     check_port("127.0.0.1", free_port())
+
+
+def test_something_else_on_the_port_is_not_taken_for_health() -> None:
+    """A server of HTTP/2, for one, begins with a frame."""
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+
+        def answer() -> None:
+            connection, _ = stranger.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\0\0\x06\4\0\0\0\0\0\0\5\0\0\x40\0")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert not _is_healthy(f"http://127.0.0.1:{stranger.getsockname()[1]}/health")
+        answering.join()
 
 
 def test_a_port_that_a_stranger_holds_is_named_with_its_holder() -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests.free_ports import free_port
 
 _ROOT = Path(__file__).parents[2]
 _STRANGER = """
@@ -106,10 +107,7 @@ def until(condition: Callable[[], bool], limit_s: float) -> None:
 def serving() -> Iterator[Serving]:
     # Paths of sockets are short, and pytest's directories may be long.
     directory = Path(tempfile.mkdtemp(prefix="baton-"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = Serving(directory, port)
+    running = Serving(directory, free_port())
     yield running
     if running.process.poll() is None:
         running.process.send_signal(signal.SIGTERM)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,18 +20,13 @@ from typing import Any, TypeVar
 import psutil
 import yaml
 
+from tests.free_ports import free_port
+
 T = TypeVar("T")
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 15.0
 BATON = Path(sys.executable).parent / "baton"
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.live.cluster_process import START_TIMEOUT_S, STOP_TIMEOUT_S, free_port
+from tests.free_ports import free_port
+from tests.live.cluster_process import START_TIMEOUT_S, STOP_TIMEOUT_S
 
 _SERVER: Final = "vllm.entrypoints.launchers.api_server.entry"
 _ARGUMENTS: Final = (

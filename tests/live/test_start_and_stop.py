@@ -22,10 +22,10 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.free_ports import free_port
 from tests.live.cluster_process import (
     STOP_TIMEOUT_S,
     BatonServe,
-    free_port,
     once_settled,
     wait_until_gone,
 )

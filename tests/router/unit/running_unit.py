@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from router.settings import UnitPaths, UnitSettings, save
 from router.unit.children import start_time
+from tests.free_ports import free_port
 
 ROOT = Path(__file__).parents[3]
 FAKE_ROUTER = Path(__file__).with_name("fake_router.py")
@@ -60,11 +60,6 @@ def find_vllm_rs() -> Path:
     path = Path(sys.executable).with_name("vllm-rs")
     assert path.exists(), f"{path} is missing: run `make install`"
     return path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def eventually(what: Callable[[], T], timeout_s: float = 15.0) -> T:

@@ -16,13 +16,14 @@ import grpc
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from running_unit import ROOT, free_port
+from running_unit import ROOT
 
 from protos.inference_pb2 import GenerateRequest
 from protos.inference_pb2_grpc import InferenceStub
 from router.settings import UnitPaths, UnitSettings, save
 from router.unit.grpc_front import calls as grpc_calls
 from router.unit.grpc_front import launch as grpc_launch
+from tests.free_ports import free_port
 
 METHOD = "/baton.v1.Inference/Generate"
 REQUEST = GenerateRequest(text="Hello")

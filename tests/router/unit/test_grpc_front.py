@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from running_unit import MODEL_NAME, Unit, build_model, eventually, free_port
+from running_unit import MODEL_NAME, Unit, build_model, eventually
 
 from protos.inference_pb2 import (
     FINISH_REASON_LENGTH,
@@ -30,6 +30,7 @@ from protos.inference_pb2 import (
 from protos.inference_pb2_grpc import InferenceStub
 from router.tickets import LONGEST_DEADLINE_MS
 from router.unit.anchor.probe import ASK_EVERY_S, HANGS_S
+from tests.free_ports import free_port
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "the quick brown fox. "
