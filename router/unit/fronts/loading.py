@@ -16,8 +16,8 @@ from router.unit.fronts.requests import Refusal, error_body
 
 RETRY_AFTER_S: Final = 5
 _LOADING: Final = Refusal(503, "The process that serves this path is starting; try again.")
-_CLIENT_S: Final = 5.0
-"""For a head, and for its client to take the answer and leave; imports may hold this thread up."""
+_CLIENT_S: Final = 2.0
+"""For a request's head, and for its client to take the answer and leave."""
 _CLIENTS_FAULT: Final = (
     OSError,
     TimeoutError,
