@@ -37,7 +37,6 @@ class Loading:
         self._listener = listener.dup()
         self._loop = asyncio.new_event_loop()
         self._over = asyncio.Event()
-        self._clients: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(
             target=self._loop.run_until_complete, args=(self._run(),), name="loading", daemon=True
         )
@@ -52,15 +51,15 @@ class Loading:
     async def _run(self) -> None:
         server = await asyncio.start_unix_server(self._serve, sock=self._listener, backlog=_BACKLOG)
         await self._over.wait()
+        # Accept no more, but close the server last: closed, it drops what it has accepted and not
+        # begun to serve without closing it, and that client would wait for ever. asyncio has a
+        # task for each of those before there is one of `_serve`.
+        self._loop.remove_reader(self._listener)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)
         server.close()
-        if self._clients:
-            await asyncio.wait(self._clients)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients.add(task)
-        task.add_done_callback(self._clients.discard)
         with contextlib.suppress(*_CLIENTS_FAULT):
             async with asyncio.timeout(_CLIENT_S):
                 head = await reader.readuntil(b"\r\n\r\n")
