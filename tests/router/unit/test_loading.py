@@ -15,7 +15,7 @@ import pytest
 from router.unit.fronts.loading import Loading
 
 CLIENTS = 4
-ROUNDS = 5
+ROUNDS = 25
 REQUEST = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 SERVED = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
