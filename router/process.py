@@ -28,6 +28,7 @@ import uvloop
 from protos import anchor_link, enginecore, membership
 from protos.ids import RequestKey, TicketId, WorkerId, request_key
 from router import anchor_client
+from router.core import admission
 from router.core.events import (
     AbortOn,
     Command,
@@ -208,7 +209,7 @@ class RouterProcess:
             return
         wall_s = time.time()
         ticket = self._mint.find(request, wall_s)
-        self.feed(RequestArrived(key, request, ticket, _deadline_s(ticket, wall_s)))
+        self.feed(RequestArrived(key, admission.read(request), ticket, _deadline_s(ticket, wall_s)))
 
     def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
         for each in snapshot.underway:
@@ -221,8 +222,9 @@ class RouterProcess:
             wall_s = time.time()
             ticket = self._mint.find(request, wall_s, late=True)
             deadline_s = _deadline_s(ticket, wall_s)
+            demand = admission.read(request)
             self._underway.append(
-                RequestRecovered(key, request, ticket, each.given_tokens, deadline_s)
+                RequestRecovered(key, demand, ticket, each.given_tokens, deadline_s)
             )
         if snapshot.more:
             return

@@ -6,15 +6,20 @@ front it came through.
 
 from __future__ import annotations
 
-from protos.enginecore import EngineRequest, strip_internal_arguments
-from router.core.placement import Shape
+from protos.enginecore import EngineRequest, encode, strip_internal_arguments
+from router.core.events import Demand, Shape
 
 DEFAULT_MAX_TOKENS = 16
 """vLLM's, where a front leaves the field out."""
 
 
-def refusal(request: EngineRequest) -> str | None:
-    """Why this request can't be served, as a sentence for its record; None if it can."""
+def read(request: EngineRequest) -> Demand:
+    """Take a front's request over: it is changed, and then as engines will get it."""
+    removed = take_over(request)
+    return Demand(_shape(request), encode(request), _refusal(request), tuple(removed))
+
+
+def _refusal(request: EngineRequest) -> str | None:
     if request.pooling_params is not None or request.sampling_params is None:
         return "Only generation is served, not embeddings or other pooling."
     if request.mm_features:
@@ -50,8 +55,7 @@ def take_over(request: EngineRequest) -> list[str]:
     return strip_internal_arguments(request)
 
 
-def shape_of(request: EngineRequest) -> Shape:
-    """What placement may know of it."""
+def _shape(request: EngineRequest) -> Shape:
     params = request.sampling_params or {}
     return Shape(
         prompt_tokens=len(request.prompt_token_ids or ()),

@@ -15,7 +15,6 @@ from msgspec import Struct
 
 from engine.base import EngineLoad
 from protos.anchor_link import Deliver
-from protos.enginecore import EngineRequest
 from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
 
 
@@ -95,11 +94,37 @@ class OutputReport(Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """What a placement policy may know of a request."""
+
+    prompt_tokens: int
+    max_tokens: int | None
+    prompt_logprobs: bool = False
+    output_tokens: int = 0
+    """Generated so far."""
+    addresses: Sequence[bytes] = ()
+    """Content addresses of the prompt's whole blocks (`kvstore.content`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a front asks for, as `admission.read` found it."""
+
+    shape: Shape
+    payload: bytes
+    """The engine's request."""
+    problem: str | None = None
+    """Why it can't be served, as a sentence."""
+    stripped_arguments: tuple[str, ...] = ()
+    """Engine-internal arguments that its client sent and that were removed."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestArrived:
     """A front's new request. `ticket` is None if it carries none that this cluster issued."""
 
     key: RequestKey
-    request: EngineRequest
+    demand: Demand
     ticket: TicketId | None
     deadline_s: float | None = None
     """On the core's clock."""
@@ -110,7 +135,7 @@ class RequestRecovered:
     """A request that was under way when this router started."""
 
     key: RequestKey
-    request: EngineRequest
+    demand: Demand
     ticket: TicketId | None
     given_tokens: int
     deadline_s: float | None = None

@@ -11,7 +11,7 @@ from typing import Final
 
 from protos.errors import BatonError
 from protos.ids import Attempt, RequestKey, split_request_key
-from router.core.placement import Shape
+from router.core.events import Shape
 from router.core.records import Record, TicketStory
 from router.core.workers import Reservation, Worker
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from kvstore.index import KvIndex
 from protos.ids import Attempt, RequestKey, WorkerId
 from router.core.admission import too_long
 from router.core.deadlines import Deadlines
@@ -34,6 +35,8 @@ class CoreSettings:
     kept_records: int = 10_000
     max_requests: int = 10_000
     """So many under way, no more tickets are given."""
+    index_entries: int = 2_000_000
+    """KV blocks that the index knows at most."""
     resume_streams: bool = False
     """Resume a stream whose worker died after adding to it; else its client is told."""
 
@@ -52,7 +55,10 @@ class Moves:
         self.pool = pool
         self._settings = settings
         self._placement = placement
-        self._view = View(pool, settings.expect_prefill, settings.local_prefill_max_tokens)
+        self.index = KvIndex(settings.index_entries)
+        self._view = View(
+            pool, self.index, settings.expect_prefill, settings.local_prefill_max_tokens
+        )
 
     # Placing and submitting
 
@@ -65,7 +71,7 @@ class Moves:
         shape = request.shape
         if request.position:
             shape = replace(shape, output_tokens=request.position)
-        decision = self._placement.place(self._view, shape)
+        decision = self._placement.place(now_s, self._view, request.key, shape)
         if decision is None:
             self.waiting[request.key] = request
             return
@@ -76,18 +82,23 @@ class Moves:
 
     def _carry_out(self, now_s: float, request: Request, decision: Decision) -> None:
         worker = self._chosen(decision.worker)
-        request.reservation = Reservation(worker, requests=1).take()
+        if worker is not None:
+            request.reservation = Reservation(worker, requests=1).take()
         if request.position:
+            assert worker is not None, "one that goes on needs a worker"
             self._resume_on(now_s, request, worker)
             return
         hand_off = decision.prefill is not None
-        first = self._chosen(decision.prefill) if decision.prefill is not None else worker
+        first = self._chosen(decision.prefill) if hand_off else worker
+        assert first is not None, "a decision names a worker"
         trigger = Trigger.PREFILL_SUBMITTED if hand_off else Trigger.WHOLE_SUBMITTED
         request.reserve_prefill(first)
         attempt = self._start(now_s, request, first, trigger)
         self.outbox.note(Submit(first.id, request.key, attempt, request.payload, hand_off=hand_off))
 
-    def _chosen(self, worker_id: WorkerId) -> Worker:
+    def _chosen(self, worker_id: WorkerId | None) -> Worker | None:
+        if worker_id is None:
+            return None
         worker = self.pool.get(worker_id)
         assert worker is not None, f"the policy chose {worker_id}, which is not there"
         return worker
@@ -139,15 +150,25 @@ class Moves:
             self._resume_on(now_s, request, reserved)
             return
         if request.state is not State.WAITING:
-            request.advance(now_s, Trigger.PARKED, "the worker chosen for it can't be used")
-        request.unassign()
+            why = "it needs a worker" if reserved is None else "the worker chosen can't be used"
+            request.advance(now_s, Trigger.PARKED, why)
+        self._unassign(now_s, request)
         self.place(now_s, request)
+
+    def first_token(self, now_s: float, request: Request) -> None:
+        """Its prompt is computed."""
+        request.release_prefill()
+        self._placement.first_token(now_s, request.key)
+
+    def _unassign(self, now_s: float, request: Request) -> None:
+        request.unassign()
+        self._placement.ended(now_s, request.key)
 
     def place_again(self, now_s: float, request: Request, why: str) -> None:
         """It is on no worker any more: find another."""
         self.counts.resubmissions += 1
         request.advance(now_s, Trigger.PARKED, why)
-        request.unassign()
+        self._unassign(now_s, request)
         self.place(now_s, request)
 
     # Ends
@@ -184,6 +205,7 @@ class Moves:
         reader_was_told = request.current is not None and request.current.worker.attached
         request.advance(now_s, Trigger.END, f"{end}: {why}" if why else end)
         request.release()
+        self._placement.ended(now_s, request.key)
         del self.requests[request.key]
         self.waiting.pop(request.key, None)
         for engagement in request.engagements:

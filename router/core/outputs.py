@@ -74,7 +74,7 @@ class OutputIntake:
             record.attempts[-1].prompt_use = output.prompt_use
         if record.first_token_s is None and output.token_ids:
             record.first_token_s = now_s
-        request.release_prefill()
+        self._moves.first_token(now_s, request)
         if request.state is State.HANDING_OFF:
             record.resumed_s = now_s
             request.advance(now_s, Trigger.RESUMED)

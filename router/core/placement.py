@@ -1,6 +1,8 @@
-"""Where a request runs: policies that compare workers, and the decision with its reason.
+"""Where a request runs: what every policy is asked and answers, and the simplest of them.
 
-Pure: a policy reads the workers and returns a decision; the caller reserves in the same step.
+Pure: a policy reads the workers and the KV index, and returns a decision with what it compared. It
+is told what becomes of its decisions, so that it can count what it has put where. Deciding and
+counting are one step.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
-from protos.ids import WorkerId
-from router.core.events import Role
+from kvstore.index import KvIndex
+from protos.ids import RequestKey, WorkerId
+from router.core.events import Role, Shape
 from router.core.workers import Worker, WorkerPool
 
 REQUEST_WORK_TOKENS: Final = 32
@@ -42,27 +45,15 @@ class Reason(StrEnum):
     """It has tokens already and goes on elsewhere."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a policy may know of a request."""
-
-    prompt_tokens: int
-    max_tokens: int | None
-    prompt_logprobs: bool = False
-    output_tokens: int = 0
-    """Generated so far."""
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One worker and the numbers that were compared: least `work` wins."""
+class Candidate(NamedTuple):
+    """One worker in one part, and the numbers that were compared: least `cost` wins."""
 
     worker: WorkerId
     role: Role
-    prefill_tokens: int
-    requests: int
-    kv_use: float
-    work: float
+    """The part it would have: prefill, or decode (also of a whole request)."""
+    cost: float
+    numbers: tuple[float, ...]
+    """By `Decision.compared`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +62,33 @@ class Decision:
 
     reason: Reason
     prompt_tokens: int
-    local_prefill_max_tokens: int
-    worker: WorkerId
+    worker: WorkerId | None
+    """None: the policy is asked again once the first token is made."""
     prefill: WorkerId | None
-    candidates: tuple[Candidate, ...]
+    compared: tuple[str, ...]
+    """Names of the candidates' numbers, each with its unit."""
+    candidates: Sequence[Candidate]
+    local_prefill_max_tokens: int | None = None
+    """What the prompt's length was held against, if it was."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "reason": self.reason,
+            "prompt_tokens": self.prompt_tokens,
+            "worker": self.worker,
+            "prefill": self.prefill,
+            "local_prefill_max_tokens": self.local_prefill_max_tokens,
+            "candidates": [
+                {
+                    "worker": each.worker,
+                    "role": each.role,
+                    "cost": each.cost,
+                    **dict(zip(self.compared, each.numbers, strict=True)),
+                }
+                for each in self.candidates
+            ],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +96,49 @@ class View:
     """What a policy may know of the cluster."""
 
     pool: WorkerPool
+    index: KvIndex
     expect_prefill: bool
     local_prefill_max_tokens: int
 
 
 class Placement(Protocol):
-    """A policy. Changes nothing but its own tie breaking."""
+    """A policy. What it counts, it counts by what it is told here.
 
-    def place(self, view: View, shape: Shape) -> Decision | None:
-        """Who runs it; None if nobody can."""
+    It may be told of keys that it never placed: a former router did.
+    """
+
+    def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
+        """Who runs it; None if nobody can. A request that has tokens (`shape.output_tokens`) goes
+        on, on the worker that is chosen, as a whole."""
+        ...
+
+    def first_token(self, now_s: float, key: RequestKey) -> None:
+        """The prompt that was placed is computed; comes again when its second worker goes on."""
+        ...
+
+    def ended(self, now_s: float, key: RequestKey) -> None:
+        """The request is over, or will be placed anew: nothing of it is anywhere."""
         ...
 
 
-class LeastPredictedWork:
+class Uncounted:
+    """For policies that count nothing of their own."""
+
+    def first_token(self, now_s: float, key: RequestKey) -> None:
+        """Nothing to count."""
+
+    def ended(self, now_s: float, key: RequestKey) -> None:
+        """Nothing to count."""
+
+
+class LeastPredictedWork(Uncounted):
     """Each part goes to the worker with the least work before it, in prompt tokens."""
 
     def __init__(self, tie_break: TieBreak) -> None:
         self._tie_break = tie_break
 
-    def place(self, view: View, shape: Shape) -> Decision | None:
+    def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
+        """Prompts that are longer than the view says are split."""
         prefill = view.pool.usable(Role.PREFILL)
         decode = view.pool.usable(Role.DECODE)
         if not decode:
@@ -111,8 +149,8 @@ class LeastPredictedWork:
         first, compared = self._least(prefill)
         second, compared_too = self._least(decode)
         return Decision(
-            Reason.LONG_PROMPT, shape.prompt_tokens, view.local_prefill_max_tokens,
-            worker=second, prefill=first, candidates=compared + compared_too,
+            Reason.LONG_PROMPT, shape.prompt_tokens, second, first, _COMPARED,
+            compared + compared_too, view.local_prefill_max_tokens,
         )  # fmt: skip
 
     def _whole(
@@ -122,18 +160,21 @@ class LeastPredictedWork:
             return None
         worker, compared = self._least(workers)
         return Decision(
-            reason, shape.prompt_tokens, view.local_prefill_max_tokens,
-            worker=worker, prefill=None, candidates=compared,
+            reason, shape.prompt_tokens, worker, None, _COMPARED, compared,
+            view.local_prefill_max_tokens,
         )  # fmt: skip
 
-    def _least(self, workers: Sequence[Worker]) -> tuple[WorkerId, tuple[Candidate, ...]]:
-        candidates = tuple(candidate(worker) for worker in workers)
-        least = min(each.work for each in candidates)
-        best = [each.worker for each in candidates if each.work == least]
+    def _least(self, workers: Sequence[Worker]) -> tuple[WorkerId, list[Candidate]]:
+        candidates = [_candidate(worker) for worker in workers]
+        least = min(each.cost for each in candidates)
+        best = [each.worker for each in candidates if each.cost == least]
         return best[self._tie_break(len(best)) if len(best) > 1 else 0], candidates
 
 
-def candidate(worker: Worker) -> Candidate:
+_COMPARED: Final = ("prefill_tokens", "requests", "kv_use")
+
+
+def _candidate(worker: Worker) -> Candidate:
     """A worker's predicted work. What other routers put on it shows in its reported load alone."""
     load = worker.load
     requests = max(worker.reserved_requests, load.running + load.waiting)
@@ -143,7 +184,8 @@ def candidate(worker: Worker) -> Candidate:
         + REQUEST_WORK_TOKENS * requests
         + FULL_KV_WORK_TOKENS * kv_use
     )
-    return Candidate(worker.id, worker.role, worker.reserved_prefill_tokens, requests, kv_use, work)
+    numbers = (worker.reserved_prefill_tokens, requests, kv_use)
+    return Candidate(worker.id, worker.role, work, numbers)
 
 
 def _whole_because(view: View, shape: Shape, prefill_up: bool) -> Reason | None:

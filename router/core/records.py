@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from protos.ids import RequestKey, TicketId, WorkerId
@@ -55,7 +56,7 @@ class Record:
     fault: Fault | None = None
     deadline_s: float | None = None
     output_tokens: int = 0
-    stripped_arguments: list[str] = field(default_factory=list)
+    stripped_arguments: Sequence[str] = ()
     """Engine-internal arguments that its client sent and that were removed."""
     decisions: list[Decision] = field(default_factory=list)
     attempts: list[AttemptRecord] = field(default_factory=list)
@@ -72,7 +73,13 @@ class Record:
     def as_json(self, wall_offset_s: float) -> dict[str, Any]:
         """Plain values. `wall_offset_s` is wall-clock time minus the core's."""
         times = ("arrived_s", "first_token_s", "handed_off_s", "resumed_s", "ended_s", "deadline_s")
-        answer = asdict(self)
+        answer = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name not in ("decisions", "attempts")
+        }
+        answer["decisions"] = [decision.as_json() for decision in self.decisions]
+        answer["attempts"] = [asdict(attempt) for attempt in self.attempts]
         for name in times:
             at_s = answer.pop(name)
             answer[name.removesuffix("_s") + "_at"] = None if at_s is None else at_s + wall_offset_s

@@ -13,9 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from typing import Any, Final
 
-from protos.enginecore import EngineRequest, encode
-from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
-from router.core import admission
+from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
 from router.core.events import (
     Command,
     EdgeEnded,
@@ -102,23 +100,22 @@ class RouterCore:
         if event.key in self.moves.requests:
             return  # Fronts make ids unique; the first one's client is being served.
         request = self._open(now_s, event)
-        problem = _refusal(event.request, event.ticket)
+        problem = _refusal(event)
         if problem is not None:
             self.moves.fail(now_s, request, Fault.REFUSED, problem)
         else:
             self.moves.place(now_s, request)
 
     def _open(self, now_s: float, event: RequestArrived | RequestRecovered) -> Request:
-        removed = admission.take_over(event.request)
-        shape = admission.shape_of(event.request)
+        demand = event.demand
+        shape = demand.shape
         record = Record(
             event.key, now_s, shape.prompt_tokens, shape.max_tokens,
-            deadline_s=event.deadline_s, stripped_arguments=removed,
+            deadline_s=event.deadline_s, stripped_arguments=demand.stripped_arguments,
         )  # fmt: skip
         record.note(now_s, "arrived")
         story = self.book.add(event.ticket, record)
-        payload = encode(event.request)
-        opened = Request(event.key, payload, shape, record, story, State.WAITING, now_s)
+        opened = Request(event.key, demand.payload, shape, record, story, State.WAITING, now_s)
         self.moves.requests[event.key] = opened
         if event.deadline_s is not None:
             self.moves.deadlines.add(event.deadline_s, event.key)
@@ -128,7 +125,7 @@ class RouterCore:
         assert not list(self.pool), "workers' claims can't be understood before the snapshot"
         requests = [self._reopen(now_s, underway) for underway in event.underway]
         for underway, request in zip(event.underway, requests, strict=True):
-            problem = _refusal(underway.request, underway.ticket)
+            problem = _refusal(underway)
             if problem is not None:
                 self.moves.fail(now_s, request, Fault.REFUSED, problem)
         self.recovery.begin(now_s, [r for r in requests if r.state is State.RECOVERING])
@@ -311,7 +308,7 @@ class RouterCore:
             assert (request.key in self.moves.waiting) == (request.state is State.WAITING)
 
 
-def _refusal(request: EngineRequest, ticket: TicketId | None) -> str | None:
-    if ticket is None:
+def _refusal(event: RequestArrived | RequestRecovered) -> str | None:
+    if event.ticket is None:
         return "It came without a ticket of this cluster's edge."
-    return admission.refusal(request)
+    return event.demand.problem

@@ -386,7 +386,7 @@ def test_a_responses_header_leads_to_the_requests_decision_and_attempts(
     roles = {worker["id"]: worker["role"] for worker in cluster.workers()}
     assert (roles[decision["prefill"]], roles[decision["worker"]]) == ("prefill", "decode")
     for candidate in decision["candidates"]:
-        assert {"worker", "role", "prefill_tokens", "requests", "kv_use", "work"} <= set(candidate)
+        assert {"worker", "role", "prefill_tokens", "requests", "kv_use", "cost"} <= set(candidate)
 
     first, second = request["attempts"]
     assert (first["worker"], second["worker"]) == (decision["prefill"], decision["worker"])

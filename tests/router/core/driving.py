@@ -9,8 +9,10 @@ from engine.base import EngineLoad
 from protos.anchor_link import Deliver, Delivery
 from protos.enginecore import ENGINE_TAG, EngineRequest, decode_output, encode
 from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
+from router.core import admission
 from router.core.events import (
     AbortOn,
+    Demand,
     Event,
     Finish,
     Forget,
@@ -43,6 +45,10 @@ def engine_request(request_id: str, prompt_tokens: int = 10, **params: object) -
     sampling = {"max_tokens": 8, **params}
     prompt = list(range(prompt_tokens))
     return EngineRequest(request_id, prompt, None, sampling, None, 0.0, None, None, None)
+
+
+def demand(request_id: str, prompt_tokens: int = 10, **params: object) -> Demand:
+    return admission.read(engine_request(request_id, prompt_tokens, **params))
 
 
 def key(request_id: str = "a", front: int = 0) -> RequestKey:
@@ -92,12 +98,12 @@ class Drive:
         return self.feed(WorkerDead(WorkerId(worker), known, "killed"))
 
     def arrive(self, request_id: str = "a", prompt_tokens: int = 10, **params: object) -> list[Any]:
-        request = engine_request(request_id, prompt_tokens, **params)
-        return self.feed(RequestArrived(key(request_id), request, TICKET))
+        asked = demand(request_id, prompt_tokens, **params)
+        return self.feed(RequestArrived(key(request_id), asked, TICKET))
 
     def recover(self, *given: tuple[str, int], prompt_tokens: int = 10) -> list[Any]:
         underway = [
-            RequestRecovered(key(name), engine_request(name, prompt_tokens), TICKET, count)
+            RequestRecovered(key(name), demand(name, prompt_tokens), TICKET, count)
             for name, count in given
         ]
         return self.feed(SnapshotTaken(tuple(underway)))

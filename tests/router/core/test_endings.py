@@ -29,7 +29,7 @@ from tests.router.core.driving import (
     TICKET,
     Drive,
     abort_on,
-    engine_request,
+    demand,
     is_error,
     key,
     output,
@@ -100,8 +100,7 @@ def test_one_word_of_the_edge_ends_all_requests_of_its_ticket(drive: Drive) -> N
 
 
 def arrive_until(drive: Drive, deadline_s: float) -> None:
-    request = engine_request("a", 4)
-    drive.feed(RequestArrived(key(), request, TICKET, deadline_s))
+    drive.feed(RequestArrived(key(), demand("a", 4), TICKET, deadline_s))
 
 
 def test_a_deadline_ends_a_request_with_an_error(drive: Drive) -> None:
@@ -133,8 +132,8 @@ def test_a_deadline_outlives_the_router() -> None:
     drive = Drive()
     drive.members(("d", "decode"))
     deadline_s = drive.now_s + 1.0
-    request = engine_request("a", 4)
-    drive.feed(SnapshotTaken((RequestRecovered(key(), request, TICKET, 3, deadline_s),)))
+    asked = demand("a", 4)
+    drive.feed(SnapshotTaken((RequestRecovered(key(), asked, TICKET, 3, deadline_s),)))
     told, ended = drive.pass_time(1.1)
     assert is_error(told, 3)
     assert ended.fault is Fault.DEADLINE

@@ -9,6 +9,7 @@ import pytest
 from engine.base import EngineLoad
 from protos.enginecore import EngineRequest, decode_request
 from protos.ids import TicketId
+from router.core import admission
 from router.core.events import (
     AbortOn,
     End,
@@ -30,6 +31,7 @@ from tests.router.core.driving import (
     Drive,
     abort_on,
     deliver,
+    demand,
     engine_request,
     forget,
     is_error,
@@ -224,7 +226,7 @@ def test_aborts_in_every_state(drive: Drive, state: str) -> None:
 
 def test_a_front_that_ends_takes_its_requests_with_it(drive: Drive) -> None:
     drive.arrive()
-    drive.feed(RequestArrived(key("b", front=1), engine_request("b"), TICKET))
+    drive.feed(RequestArrived(key("b", front=1), demand("b"), TICKET))
     assert only(drive.feed(FrontGone(1)), AbortOn) == [abort_on("p", 1, request_id="b", front=1)]
     assert list(drive.core.moves.requests) == [key()]
 
@@ -261,13 +263,13 @@ def test_what_is_refused(drive: Drive, change: dict[str, object], words: str) ->
     request = engine_request("a")
     for name, value in change.items():
         setattr(request, name, value)
-    told, ended = drive.feed(RequestArrived(key(), request, TICKET))
+    told, ended = drive.feed(RequestArrived(key(), admission.read(request), TICKET))
     assert is_error(told, 0)
     assert words in ended.error
 
 
 def test_a_request_without_a_ticket_is_refused(drive: Drive) -> None:
-    told, ended = drive.feed(RequestArrived(key(), engine_request("a"), None))
+    told, ended = drive.feed(RequestArrived(key(), demand("a"), None))
     assert is_error(told, 0)
     assert "ticket" in ended.error
 
@@ -277,7 +279,7 @@ def test_engine_internal_fields_never_reach_an_engine(drive: Drive) -> None:
     request = engine_request("a", extra_args=extra)
     request.priority, request.data_parallel_rank, request.kv_hints = -5, 3, {"x": 1}
     request.abort_immediately = request.resumable = True
-    (sent,) = drive.feed(RequestArrived(key(), request, TICKET))
+    (sent,) = drive.feed(RequestArrived(key(), admission.read(request), TICKET))
     got: EngineRequest = decode_request(sent.engine_request)
     assert got.sampling_params == {"max_tokens": 8, "extra_args": {"own": 2}}
     assert (got.priority, got.data_parallel_rank, got.kv_hints) == (0, None, None)

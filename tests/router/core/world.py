@@ -18,11 +18,12 @@ import msgspec
 from msgspec.structs import replace
 
 from protos.anchor_link import Deliver
-from protos.enginecore import EngineRequest, decode_request, error_output
+from protos.enginecore import decode_request, error_output
 from protos.ids import Attempt, RequestKey, WorkerId
 from router.core.events import (
     AbortOn,
     Command,
+    Demand,
     EdgeEnded,
     End,
     Ended,
@@ -38,7 +39,7 @@ from router.core.events import (
     StepReported,
     Submit,
 )
-from tests.router.core.driving import TICKET, Drive, engine_request, key
+from tests.router.core.driving import TICKET, Drive, demand, key
 
 ToWorker: TypeAlias = Submit | AbortOn | Forget | Resend
 
@@ -170,22 +171,22 @@ class World:
         members = [(n, "prefill" if n[0] == "p" else "decode") for n in self.workers]
         self.obey(self.drive.members(*members))
         underway = [
-            RequestRecovered(key(name), self._request(name), TICKET, len(asked.text))
+            RequestRecovered(key(name), self._demand(name), TICKET, len(asked.text))
             for name, asked in self.asked.items()
             if not asked.ended
         ]
         self.obey(self.drive.feed(SnapshotTaken(tuple(underway))))
 
-    def _request(self, name: str) -> EngineRequest:
+    def _demand(self, name: str) -> Demand:
         asked = self.asked[name]
-        return engine_request(name, asked.prompt_tokens, max_tokens=asked.max_tokens)
+        return demand(name, asked.prompt_tokens, max_tokens=asked.max_tokens)
 
     # What may happen
 
     def arrive(self, prompt_tokens: int, max_tokens: int) -> None:
         name = f"r{len(self.asked)}"
         self.asked[name] = Asked(prompt_tokens, max_tokens)
-        self.obey(self.drive.feed(RequestArrived(key(name), self._request(name), TICKET)))
+        self.obey(self.drive.feed(RequestArrived(key(name), self._demand(name), TICKET)))
 
     def abort(self, name: str) -> None:
         if not self.asked[name].ended:
