@@ -35,6 +35,8 @@ class CoreSettings:
     kept_records: int = 10_000
     max_requests: int = 10_000
     """So many under way, no more tickets are given."""
+    index_block_tokens: int = 128
+    """What one entry of the KV index stands for."""
     index_entries: int = 2_000_000
     """KV blocks that the index knows at most."""
     resume_streams: bool = False
@@ -57,8 +59,9 @@ class Moves:
         self._placement = placement
         self.index = KvIndex(settings.index_entries)
         self._view = View(
-            pool, self.index, settings.expect_prefill, settings.local_prefill_max_tokens
-        )
+            pool, self.index, settings.index_block_tokens, settings.expect_prefill,
+            settings.local_prefill_max_tokens,
+        )  # fmt: skip
 
     # Placing and submitting
 

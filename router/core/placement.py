@@ -97,6 +97,9 @@ class View:
 
     pool: WorkerPool
     index: KvIndex
+    """Which workers hold the beginnings of which prompts, by `Shape.addresses`."""
+    block_tokens: int
+    """What one address stands for."""
     expect_prefill: bool
     local_prefill_max_tokens: int
 
