@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engine.spec import SimulatedTiming
@@ -48,6 +49,25 @@ class StepTimes:
             + work.decode_requests * timing.decode_request_s
             + work.decode_context_tokens * timing.decode_context_token_s
         )
+
+    def repeated_s(self, work: StepWork, steps: int) -> float:
+        """Duration of so many steps of decodes alone, each with a token more of context."""
+        growth_s = work.decode_requests * self.timing.decode_context_token_s
+        return steps * self.step_s(work) + growth_s * steps * (steps - 1) / 2
+
+    def steps_within(self, work: StepWork, duration_s: float) -> int:
+        """The least number of such steps that take at least so long, 1 or more."""
+        first_s = self.step_s(work)
+        growth_s = work.decode_requests * self.timing.decode_context_token_s
+        # repeated_s(n) = growth/2 n^2 + (first - growth/2) n, solved for n.
+        half_s = growth_s / 2
+        linear_s = first_s - half_s
+        if half_s > 0:
+            root = math.sqrt(linear_s * linear_s + 4 * half_s * max(0.0, duration_s))
+            steps = (root - linear_s) / (2 * half_s)
+        else:
+            steps = duration_s / first_s
+        return max(1, math.ceil(steps - 1e-9))
 
     def transfer_s(self, blocks: int) -> float:
         """Time to fetch so many KV blocks from another engine."""

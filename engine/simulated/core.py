@@ -18,7 +18,7 @@ from typing import Any
 from engine.base import EngineLoad, EngineStep
 from engine.latency_model import StepTimes
 from engine.simulated.kv_cache import BlockPool
-from engine.simulated.request import Manifest, SimulatedRequest
+from engine.simulated.request import Manifest, QueuedRequest, SimulatedRequest
 from engine.simulated.scheduler import Scheduler, SimulatedLimits, Work
 from protos.enginecore import (
     FINISH_ABORT,
@@ -45,6 +45,8 @@ class StepPlan:
     prefill_tokens: int
     decode_requests: int
     duration_s: float
+    steady_steps: int = 1
+    """So many steps in a row compute the same: see `take_steps`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,18 @@ class _Pin:
 class SimulatedCore:
     """One engine: its requests, its KV blocks and the tokens that it makes."""
 
-    def __init__(self, limits: SimulatedLimits, times: StepTimes) -> None:
+    def __init__(
+        self, limits: SimulatedLimits, times: StepTimes, first_and_last_only: bool = False
+    ) -> None:
+        """Told `first_and_last_only`, steps leave out what requests add in between."""
+        self._first_and_last_only = first_and_last_only
         self._limits = limits
         self._times = times
         self._pool = BlockPool(limits.kv_blocks)
         self._counters: Counter[str] = Counter()
         self._scheduler = Scheduler(limits, times, self._pool, self._counters)
         self._arrivals = 0
-        self._requests: dict[str, SimulatedRequest] = {}
+        self._requests: dict[str, QueuedRequest] = {}
         # In the order of expiry, since all leases are of one length.
         self._pinned: dict[str, _Pin] = {}
         self._work: Work | None = None
@@ -85,12 +91,16 @@ class SimulatedCore:
         except ValueError:
             self._tell_end(request.request_id, FINISH_ERROR, None)
             return
+        self.enter(added)
+
+    def enter(self, request: QueuedRequest) -> None:
+        """Queue a request that was read."""
         # A router that died may have lost the end, not the tokens, of what it resumes.
-        if end := added.end():
+        if end := request.end():
             self._tell_end(request.request_id, *end)
             return
-        self._requests[added.request_id] = added
-        self._scheduler.add(added)
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End these without output and free their blocks, also those pinned for a reader."""
@@ -98,6 +108,7 @@ class SimulatedCore:
             if pin := self._pinned.pop(request_id, None):
                 self._free(pin.block_ids)
             if request := self._requests.pop(request_id, None):
+                request.gone = True
                 self._scheduler.remove(request)
                 self._free(request.block_ids)
                 self._count_end(FINISH_ABORT)
@@ -112,21 +123,47 @@ class SimulatedCore:
             self._previous_finish_s = None
             return None
         self._work = work
-        duration_s = self._times.step_s(work.cost) if work.items else 0.0
-        return StepPlan(work.cost.prefill_tokens, work.cost.decode_requests, duration_s)
+        if not work.items:
+            return StepPlan(0, 0, 0.0)
+        return StepPlan(
+            work.cost.prefill_tokens, work.cost.decode_requests, self._times.step_s(work.cost),
+            self._scheduler.steady_steps(work) if self._first_and_last_only else 1,
+        )  # fmt: skip
+
+    def steps_s(self, steps: int) -> float:
+        """How long so many of the steady steps take."""
+        assert self._work is not None, "no step was started"
+        return self._times.repeated_s(self._work.cost, steps)
+
+    def steps_within(self, duration_s: float) -> int:
+        """The least number of the steady steps that take at least so long."""
+        assert self._work is not None, "no step was started"
+        return self._times.steps_within(self._work.cost, duration_s)
+
+    def take_steps(self, steps: int) -> None:
+        """The step under way stands for so many, at most its plan's `steady_steps`: all but the
+        last are over."""
+        assert self._work is not None, "no step was started"
+        for request, _ in self._work.items:
+            request.computed_tokens += steps - 1
+            request.known_tokens += steps - 1
+        self._counters["vllm:generation_tokens_total"] += (steps - 1) * len(self._work.items)
 
     def finish_step(self, now_s: float) -> EngineStep:
         """Complete the step that was started: tokens, ends, load and counters."""
         assert self._work is not None, "no step was started"
-        outputs = self._ended
-        before = len(outputs)
+        outputs, made = self._ended, 0
         for request, tokens in self._work.items:
-            # An abort during the step has taken it out.
-            if self._requests.get(request.request_id) is request:
-                request.computed_tokens += tokens
-                if request.computed_tokens == len(request.tokens):
-                    outputs.append(self._sample(now_s, request))
-        self._counters["vllm:generation_tokens_total"] += len(outputs) - before
+            if request.gone:
+                continue
+            request.computed_tokens += tokens
+            if request.computed_tokens == request.known_tokens:
+                made += 1
+                token = request.next_token()
+                request.append(token)
+                if not self._first_and_last_only or request.prefill_stats or request.end():
+                    outputs.append(self._output(now_s, request, token))
+        self._counters["vllm:generation_tokens_total"] += made
         previous_s = now_s if self._previous_finish_s is None else self._previous_finish_s
         load = EngineLoad(
             running=self._scheduler.running,
@@ -143,6 +180,11 @@ class SimulatedCore:
         self._previous_finish_s = now_s
         return step
 
+    def take_cache_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Hashes of blocks that left the prefix cache, and of those in it that came, since the last
+        call."""
+        return self._pool.take_changes()
+
     def wake_s(self) -> float | None:
         """When a fetch completes or a lease runs out next: `start_step` may then have work."""
         lease_s = next((pin.expires_s for pin in self._pinned.values()), None)
@@ -158,9 +200,7 @@ class SimulatedCore:
         holders.update(block for pin in self._pinned.values() for block in pin.block_ids)
         self._pool.check_integrity(holders)
 
-    def _sample(self, now_s: float, request: SimulatedRequest) -> EngineOutput:
-        token = request.next_token()
-        request.append(token)
+    def _output(self, now_s: float, request: QueuedRequest, token: int) -> EngineOutput:
         output = EngineOutput(request.request_id, [token])
         if request.prefill_stats is not None:
             output.prefill_stats = self._take_prefill_stats(request, request.prefill_stats)
@@ -169,7 +209,7 @@ class SimulatedCore:
             output.kv_transfer_params = self._end(now_s, request, output.finish_reason)
         return output
 
-    def _take_prefill_stats(self, request: SimulatedRequest, stats: PrefillStats) -> PrefillStats:
+    def _take_prefill_stats(self, request: QueuedRequest, stats: PrefillStats) -> PrefillStats:
         request.prefill_stats = None
         stored = request.published_blocks * self._limits.block_size_tokens
         stored = min(stored, stats.num_prompt_tokens)
@@ -183,7 +223,7 @@ class SimulatedCore:
             self._counters[f'vllm:prompt_tokens_by_source_total{{source="{source}"}}'] += tokens
         return stats
 
-    def _end(self, now_s: float, request: SimulatedRequest, reason: int) -> dict[str, Any] | None:
+    def _end(self, now_s: float, request: QueuedRequest, reason: int) -> dict[str, Any] | None:
         """Forget a request; if it is handed off, pin its blocks and return their manifest."""
         del self._requests[request.request_id]
         self._scheduler.remove(request)

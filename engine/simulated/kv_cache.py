@@ -36,6 +36,7 @@ class BlockPool:
         self._references = [0] * blocks_total
         self._content: list[bytes | None] = [None] * blocks_total
         self._by_content: dict[bytes, int] = {}
+        self._changed: dict[bytes, None] = {}
         # Ordered from the next to be handed out to the last.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks_total))
 
@@ -76,6 +77,7 @@ class BlockPool:
         if content not in self._by_content:
             self._by_content[content] = block
             self._content[block] = content
+            self._changed[content] = None
 
     def release(self, blocks: Sequence[int]) -> None:
         """Let go of blocks in a sequence's order."""
@@ -88,6 +90,13 @@ class BlockPool:
                 self._free[block] = None
                 if self._content[block] is None:
                     self._free.move_to_end(block, last=False)
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Contents that can't be found any more, and those that can be, since the last call."""
+        removed = [content for content in self._changed if content not in self._by_content]
+        stored = [content for content in self._changed if content in self._by_content]
+        self._changed.clear()
+        return removed, stored
 
     def check_integrity(self, holders: Mapping[int, int]) -> None:
         """Assert that the counts are those of `holders` (by block) and all else is free."""
@@ -103,6 +112,7 @@ class BlockPool:
         content = self._content[block]
         if content is not None:
             del self._by_content[content]
+            self._changed[content] = None
             self._content[block] = None
         self._references[block] = 1
         return block

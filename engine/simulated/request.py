@@ -3,11 +3,14 @@
 The next token is a hash of the prompt, of all output so far and of the seed. So it does not
 depend on how the tokens were computed, and any slip in a resume changes all that follows. Output
 is folded in token by token, the prompt as a whole: output passed off as prompt shows as well.
+
+Where nobody reads the tokens, as in the simulator, a request is its counts and what it shares.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -65,27 +68,20 @@ class Manifest:
         }
 
 
-@dataclass(slots=True, eq=False)
-class SimulatedRequest:
-    """One request from its arrival to its end."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class QueuedRequest:
+    """One request from its arrival to its end, as scheduling needs it: in counts and blocks."""
 
     request_id: str
     order: tuple[int, int]
     """Priority (lower first), then arrival."""
     prompt_tokens: int
-    tokens: list[int]
-    """Prompt and output."""
+    known_tokens: int
+    """Prompt and output so far."""
     max_tokens: int
     """Of prompt and output together."""
-    min_output_tokens: int
-    stop_token_ids: frozenset[int]
-    eos_token_id: int | None
     hand_off: bool
     source: Manifest | None
-    chain: list[bytes]
-    """The salted root, then the hash of each full block as far as it was asked for."""
-    state: int
-    """Hash of prompt, output and seed."""
     block_ids: list[int] = field(default_factory=list)
     computed_tokens: int = 0
     """Tokens whose KV state is in the blocks."""
@@ -95,6 +91,88 @@ class SimulatedRequest:
     admitted_before: bool = False
     fetched_s: float = 0.0
     """When the fetch that it waits for is complete."""
+    gone: bool = False
+    """It was aborted: what a step under way makes of it goes nowhere."""
+
+    @property
+    def output_tokens(self) -> int:
+        return self.known_tokens - self.prompt_tokens
+
+    @property
+    def remaining_tokens(self) -> int:
+        """To be computed before the next token is known."""
+        return self.known_tokens - self.computed_tokens
+
+    @property
+    def decoding(self) -> bool:
+        """Whether all but the newest token is computed."""
+        return self.computed_tokens > 0 and self.known_tokens - self.computed_tokens == 1
+
+    def end(self) -> tuple[int, int | None] | None:
+        """The finish reason and stop reason of its output so far, if it ends there."""
+        if self.known_tokens >= self.max_tokens:
+            return FINISH_LENGTH, None
+        return None
+
+    def fetchable_tokens(self, source: Manifest) -> int:
+        """How many of its first tokens a fetch can spare it: the newest has to be computed."""
+        return min(source.tokens, self.known_tokens - 1)
+
+    def next_token(self) -> int:
+        """The token that follows."""
+        raise NotImplementedError
+
+    def append(self, token: int) -> None:
+        """Take a token as output."""
+        raise NotImplementedError
+
+    def block_hashes(self, blocks: int, block_size_tokens: int) -> Sequence[bytes]:
+        """Hashes of its first so many blocks, which must be full; of fewer where what is in the
+        others is not known."""
+        raise NotImplementedError
+
+    def digest(self, tokens: int) -> str:
+        """Names its first so many tokens, or all if it has fewer, and its salt."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class CountedRequest(QueuedRequest):
+    """A request whose tokens nobody reads: a trace's, which tells lengths and what is shared."""
+
+    prompt_hashes: Sequence[bytes]
+    """Of the prompt's full blocks, in the engine's block size."""
+
+    def next_token(self) -> int:
+        """There is none to be told."""
+        return 0
+
+    def append(self, token: int) -> None:
+        """Count it."""
+        self.known_tokens += 1
+
+    def block_hashes(self, blocks: int, block_size_tokens: int) -> Sequence[bytes]:
+        """Its output is in nobody's prompt."""
+        return self.prompt_hashes[:blocks]
+
+    def digest(self, tokens: int) -> str:
+        """There is nothing to verify."""
+        return ""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SimulatedRequest(QueuedRequest):
+    """A request with its tokens."""
+
+    tokens: list[int]
+    """Prompt and output."""
+    min_output_tokens: int
+    stop_token_ids: frozenset[int]
+    eos_token_id: int | None
+    chain: list[bytes]
+    """The salted root, then the hash of each full block as far as it was asked for."""
+    state: int
+    """Hash of prompt, output and seed."""
 
     @classmethod
     def read(
@@ -120,6 +198,7 @@ class SimulatedRequest:
             request_id=request.request_id,
             order=(request.priority, arrival),
             prompt_tokens=len(prompt),
+            known_tokens=len(prompt),
             tokens=list(prompt),
             max_tokens=min(len(prompt) + max_output, max_model_len_tokens),
             min_output_tokens=params.get("min_tokens", 0),
@@ -133,20 +212,6 @@ class SimulatedRequest:
         for token in resumed_output_token_ids(extra):
             read.append(token)
         return read
-
-    @property
-    def output_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_tokens
-
-    @property
-    def remaining_tokens(self) -> int:
-        """To be computed before the next token is known."""
-        return len(self.tokens) - self.computed_tokens
-
-    @property
-    def decoding(self) -> bool:
-        """Whether all but the newest token is computed."""
-        return self.computed_tokens > 0 and self.remaining_tokens == 1
 
     def next_token(self) -> int:
         """The token that follows. Never the end of sequence: lengths are the client's choice."""
@@ -164,19 +229,14 @@ class SimulatedRequest:
     def append(self, token: int) -> None:
         """Take a token as output."""
         self.tokens.append(token)
+        self.known_tokens += 1
         self.state = _mix(self.state ^ (token & _MASK_64))
 
     def end(self) -> tuple[int, int | None] | None:
         """The finish reason and stop reason of its output so far, if it ends there."""
         if self.stop_token_ids and self.output_tokens and self.tokens[-1] in self.stop_token_ids:
             return FINISH_STOP, self.tokens[-1]
-        if len(self.tokens) >= self.max_tokens:
-            return FINISH_LENGTH, None
-        return None
-
-    def fetchable_tokens(self, source: Manifest) -> int:
-        """How many of its first tokens a fetch can spare it: the newest has to be computed."""
-        return min(source.tokens, len(self.tokens) - 1)
+        return QueuedRequest.end(self)
 
     def block_hashes(self, blocks: int, block_size_tokens: int) -> list[bytes]:
         """Hashes of its first so many blocks, which must be full."""

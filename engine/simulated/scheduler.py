@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from engine.latency_model import StepTimes, StepWork
 from engine.simulated.kv_cache import BlockPool
-from engine.simulated.request import SimulatedRequest
+from engine.simulated.request import QueuedRequest
 from protos.enginecore import PrefillStats
 from protos.errors import ConfigError
 
@@ -51,10 +51,10 @@ class SimulatedLimits:
 class Work:
     """What one step computes: each request with its number of tokens."""
 
-    items: list[tuple[SimulatedRequest, int]] = field(default_factory=list)
+    items: list[tuple[QueuedRequest, int]] = field(default_factory=list)
     cost: StepWork = field(default_factory=StepWork)
 
-    def include(self, request: SimulatedRequest, tokens: int) -> None:
+    def include(self, request: QueuedRequest, tokens: int) -> None:
         """A request whose newest token alone is missing costs what a decode costs."""
         self.items.append((request, tokens))
         if request.decoding:
@@ -78,10 +78,10 @@ class Scheduler:
         self._pool = pool
         self._counters = counters
         # Each request is on one of these, in the order in which they are served.
-        self._waiting: list[SimulatedRequest] = []
-        self._fetching: list[SimulatedRequest] = []
-        self._fetched: list[SimulatedRequest] = []
-        self._running: list[SimulatedRequest] = []
+        self._waiting: list[QueuedRequest] = []
+        self._fetching: list[QueuedRequest] = []
+        self._fetched: list[QueuedRequest] = []
+        self._running: list[QueuedRequest] = []
 
     @property
     def running(self) -> int:
@@ -92,11 +92,11 @@ class Scheduler:
         """When the next fetch completes."""
         return self._fetching[0].fetched_s if self._fetching else None
 
-    def add(self, request: SimulatedRequest) -> None:
+    def add(self, request: QueuedRequest) -> None:
         """Queue it by priority, then arrival."""
         insort(self._waiting, request, key=_order)
 
-    def remove(self, request: SimulatedRequest) -> None:
+    def remove(self, request: QueuedRequest) -> None:
         """Take it off its queue. Its blocks are the caller's to release."""
         for queue in (self._running, self._waiting, self._fetching, self._fetched):
             if request in queue:
@@ -112,7 +112,19 @@ class Scheduler:
         self._schedule_prefills(now_s, work)
         return work
 
-    def check_integrity(self, requests: Mapping[str, SimulatedRequest]) -> None:
+    def steady_steps(self, work: Work) -> int:
+        """How many steps in a row this one can be: until the first of its requests ends.
+
+        1 if anything but the requests' own growth may change the next step. Whoever takes several
+        as one ends them before something comes in: a request, or a fetch that completes.
+        """
+        if work.cost.prefill_tokens or not work.items or len(work.items) != len(self._running):
+            return 1
+        steps = min(request.max_tokens - request.known_tokens for request, _ in work.items)
+        blocks = len(work.items) * (self._blocks_for(steps) + 1)
+        return max(1, steps) if blocks <= self._pool.free_blocks else 1
+
+    def check_integrity(self, requests: Mapping[str, QueuedRequest]) -> None:
         """Assert that these are the queued ones and that those that wait have no KV state."""
         queued = [*self._waiting, *self._fetching, *self._fetched, *self._running]
         assert len(queued) == len(requests)
@@ -145,15 +157,15 @@ class Scheduler:
             index += 1
             if not request.decoding:
                 continue
-            if len(request.tokens) > size * len(request.block_ids) and not self._grow(request):
+            if request.known_tokens > size * len(request.block_ids) and not self._grow(request):
                 continue
             work.include(request, 1)
             if (request.computed_tokens + 1) % size == 0:
                 self._publish(request, request.computed_tokens + 1)
 
-    def _grow(self, request: SimulatedRequest) -> bool:
+    def _grow(self, request: QueuedRequest) -> bool:
         """Give a decode the block for its newest token; False if it was preempted itself."""
-        missing = self._blocks_for(len(request.tokens)) - len(request.block_ids)
+        missing = self._blocks_for(request.known_tokens) - len(request.block_ids)
         while not self._pool.can_hold((), missing):
             victim = self._running.pop()
             self._preempt(victim)
@@ -162,7 +174,7 @@ class Scheduler:
         request.block_ids += self._pool.hold((), missing)
         return True
 
-    def _preempt(self, request: SimulatedRequest) -> None:
+    def _preempt(self, request: QueuedRequest) -> None:
         self._pool.release(request.block_ids)
         request.block_ids = []
         request.computed_tokens = request.published_blocks = 0
@@ -182,7 +194,7 @@ class Scheduler:
             insort(self._running, admitted, key=_order)
             budget_tokens -= self._schedule(work, admitted, budget_tokens)
 
-    def _admit_next(self, now_s: float) -> SimulatedRequest | None:
+    def _admit_next(self, now_s: float) -> QueuedRequest | None:
         """Take the next request that can run off its queue; starts fetches on the way."""
         if self._fetched:
             return self._fetched.pop(0)
@@ -192,9 +204,9 @@ class Scheduler:
                 return request
         return None
 
-    def _reserve(self, request: SimulatedRequest) -> bool:
+    def _reserve(self, request: QueuedRequest) -> bool:
         """Hold blocks for all its tokens, those with cached content first, if there are enough."""
-        tokens, size = len(request.tokens), self._limits.block_size_tokens
+        tokens, size = request.known_tokens, self._limits.block_size_tokens
         # At least one token has to be computed to know the next one.
         cached = self._pool.match(request.block_hashes((tokens - 1) // size, size))
         missing = self._blocks_for(tokens) - len(cached)
@@ -210,7 +222,7 @@ class Scheduler:
             _attribute_local(request)
         return True
 
-    def _begin_fetch(self, now_s: float, request: SimulatedRequest) -> bool:
+    def _begin_fetch(self, now_s: float, request: QueuedRequest) -> bool:
         """Start to fetch what its manifest has beyond the local cache; False if nothing."""
         source = request.source
         if source is None or request.fetchable_tokens(source) <= request.computed_tokens:
@@ -221,7 +233,7 @@ class Scheduler:
         insort(self._fetching, request, key=_fetched_s)
         return True
 
-    def _schedule(self, work: Work, request: SimulatedRequest, budget_tokens: int) -> int:
+    def _schedule(self, work: Work, request: QueuedRequest, budget_tokens: int) -> int:
         """Put as many of its remaining tokens into the step as fit; returns how many."""
         tokens = min(request.remaining_tokens, budget_tokens)
         work.include(request, tokens)
@@ -229,12 +241,12 @@ class Scheduler:
         self._publish(request, request.computed_tokens + tokens)
         return tokens
 
-    def _publish(self, request: SimulatedRequest, tokens: int) -> None:
+    def _publish(self, request: QueuedRequest, tokens: int) -> None:
         full_blocks = tokens // self._limits.block_size_tokens
         if full_blocks == request.published_blocks:
             return
         hashes = request.block_hashes(full_blocks, self._limits.block_size_tokens)
-        for index in range(request.published_blocks, full_blocks):
+        for index in range(request.published_blocks, len(hashes)):
             self._pool.publish(request.block_ids[index], hashes[index])
         request.published_blocks = full_blocks
 
@@ -242,15 +254,15 @@ class Scheduler:
         return -(-tokens // self._limits.block_size_tokens)
 
 
-def _order(request: SimulatedRequest) -> tuple[int, int]:
+def _order(request: QueuedRequest) -> tuple[int, int]:
     return request.order
 
 
-def _fetched_s(request: SimulatedRequest) -> float:
+def _fetched_s(request: QueuedRequest) -> float:
     return request.fetched_s
 
 
-def _attribute_local(request: SimulatedRequest) -> None:
+def _attribute_local(request: QueuedRequest) -> None:
     """Begin its prefill statistics: of the prompt, what is cached here and what is computed."""
     local = min(request.computed_tokens, request.prompt_tokens)
     request.prefill_stats = PrefillStats(
@@ -261,7 +273,7 @@ def _attribute_local(request: SimulatedRequest) -> None:
     )
 
 
-def _attribute_fetch(request: SimulatedRequest) -> None:
+def _attribute_fetch(request: QueuedRequest) -> None:
     """Move what was fetched of the prompt from computed to external."""
     stats = request.prefill_stats
     assert stats is not None, "fetched before it was admitted"

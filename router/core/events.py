@@ -14,6 +14,7 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from engine.base import EngineLoad
+from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos.anchor_link import Deliver
 from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
 
@@ -244,6 +245,15 @@ class StepReported(Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
+class CacheReported:
+    """What a worker says of its prefix cache."""
+
+    worker: WorkerId
+    incarnation: Incarnation
+    report: CacheSnapshot | CacheChange
+
+
+@dataclass(frozen=True, slots=True)
 class MemberFacts:
     """What the membership says of one worker."""
 
@@ -266,7 +276,8 @@ class Tick:
 
 Event: TypeAlias = (
     RequestArrived | SnapshotTaken | RequestAborted | FrontGone | TicketAsked | EdgeEnded
-    | WorkerUp | WorkerLinkBroken | WorkerDead | StepReported | MembershipChanged | Tick
+    | WorkerUp | WorkerLinkBroken | WorkerDead | StepReported | CacheReported | MembershipChanged
+    | Tick
 )  # fmt: skip
 
 
@@ -315,6 +326,13 @@ class Resend:
 
 
 @dataclass(frozen=True, slots=True)
+class AskCache:
+    """Have the worker say all that its prefix cache holds: something of its reports is missing."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
 class TicketGranted:
     """Answer of a TicketAsked."""
 
@@ -346,5 +364,5 @@ class Ended:
 
 
 Command: TypeAlias = (
-    Deliver | Submit | AbortOn | Forget | Resend | TicketGranted | TicketRefused | Ended
+    Deliver | Submit | AbortOn | Forget | Resend | AskCache | TicketGranted | TicketRefused | Ended
 )

@@ -13,8 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from typing import Any, Final
 
+from kvstore.index_feed import CacheSnapshot, IndexFeed
 from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
 from router.core.events import (
+    AskCache,
+    CacheReported,
     Command,
     EdgeEnded,
     Event,
@@ -60,6 +63,7 @@ class RouterCore:
         self.book = RecordBook(settings.kept_records)
         self.moves = Moves(settings, placement, self.pool)
         self.recovery = Recovery(self.moves)
+        self._feeds: dict[WorkerId, IndexFeed] = {}
         self._outputs = OutputIntake(self.moves, self.recovery)
         self._started_s: float | None = None
         self._handlers: dict[type, Callable[[float, Any], Command | None]] = {
@@ -73,6 +77,7 @@ class RouterCore:
             WorkerLinkBroken: self._worker_link_broken,
             WorkerDead: self._worker_dead,
             StepReported: self._step_reported,
+            CacheReported: self._cache_reported,
             MembershipChanged: self._membership_changed,
             Tick: self._tick,
         }
@@ -182,6 +187,7 @@ class RouterCore:
         if known is not None and event.incarnation > known.incarnation:
             self._worker_lost(now_s, known, "it was restarted")
         worker = self.pool.attach(event)
+        self._feed_of(worker).end()
         self._compare_held(now_s, worker, event.held)
         self.recovery.proceed(now_s)
         self._place_waiting(now_s)
@@ -210,6 +216,7 @@ class RouterCore:
         worker = self._living(event.worker, event.incarnation)
         if worker is not None:
             self.pool.detach(worker)
+            self._feed_of(worker).end()
 
     def _worker_dead(self, now_s: float, event: WorkerDead) -> None:
         self.pool.heard_of(event.worker)
@@ -221,6 +228,8 @@ class RouterCore:
 
     def _worker_lost(self, now_s: float, worker: Worker, why: str) -> None:
         self.pool.remove(worker)
+        self._feed_of(worker).end()
+        del self._feeds[worker.id]
         self._lose(now_s, worker, set(worker.live), f"{worker.id} is gone: {why}", died=True)
 
     def _lose(
@@ -258,6 +267,19 @@ class RouterCore:
         take = self._outputs.take
         for output in event.outputs:
             take(now_s, worker, output)
+
+    def _cache_reported(self, now_s: float, event: CacheReported) -> None:
+        worker = self._living(event.worker, event.incarnation)
+        if worker is None or not worker.attached:
+            return
+        feed, report = self._feed_of(worker), event.report
+        if isinstance(report, CacheSnapshot):
+            feed.begin(report)
+        elif feed.in_step and not feed.change(report):
+            self.moves.outbox.note(AskCache(worker.id))
+
+    def _feed_of(self, worker: Worker) -> IndexFeed:
+        return self._feeds.setdefault(worker.id, IndexFeed(self.moves.index, worker.id))
 
     def _membership_changed(self, now_s: float, event: MembershipChanged) -> None:
         self.pool.change_members(event.members)

@@ -1,0 +1,209 @@
+"""The simulated cluster: a router's core and simulated engines on one virtual clock.
+
+The router's core and its policy are the live ones; engines are `engine.simulated`; between them is
+a link that takes its time. One event after another, in the order of their times and, at one time,
+of their making: the same inputs give the same run.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from protos.ids import RequestKey, TicketId, WorkerId
+from router.core.events import (
+    AbortOn,
+    Command,
+    Demand,
+    Ended,
+    Event,
+    MemberFacts,
+    MembershipChanged,
+    RequestArrived,
+    Role,
+    Shape,
+    SnapshotTaken,
+    Submit,
+    Tick,
+)
+from router.core.moves import CoreSettings
+from router.core.placement import Placement
+from router.core.router import RouterCore
+from simulator.profiles import EngineProfile
+from simulator.traces import BLOCK_TOKENS, TracedRequest
+from simulator.worker import Asked, SimulatedWorker
+
+TICK_S: Final = 0.5
+_TICKET: Final = TicketId("simulated")
+_GIVEN_UP_S: Final = 3600.0
+"""So long after the last arrival a run ends, whatever is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a cluster is made of."""
+
+    profile: EngineProfile
+    prefill: int
+    decode: int
+    block_tokens: int = BLOCK_TOKENS
+    """Of the engines and of the KV index; divides the traces' blocks."""
+    link_s: float = 0.0005
+    """From a router to a worker, and back."""
+
+    @property
+    def gpus(self) -> int:
+        return (self.prefill + self.decode) * self.profile.gpus
+
+
+class Cluster:
+    """One router and its workers. `on_end` is told of every request."""
+
+    def __init__(
+        self, layout: Layout, placement: Placement, on_end: Callable[[Ended], None]
+    ) -> None:
+        self.now_s = 0.0
+        self.under_way = 0
+        self._layout = layout
+        self._on_end = on_end
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._made = 0
+        self._asked: dict[RequestKey, Asked] = {}
+        settings = CoreSettings(
+            expect_prefill=layout.prefill > 0,
+            local_prefill_max_tokens=0,
+            kept_records=1,
+            max_requests=1 << 30,
+            index_block_tokens=layout.block_tokens,
+        )
+        self.router = RouterCore(settings, placement)
+        manifests: dict[bytes, dict[str, object]] = {}
+        names = [(Role.PREFILL, n) for n in range(layout.prefill)]
+        names += [(Role.DECODE, n) for n in range(layout.decode)]
+        self.workers = {
+            worker.id: worker
+            for worker in (
+                SimulatedWorker(
+                    WorkerId(f"{role}-{n}"), role, layout.profile, layout.block_tokens, manifests
+                )
+                for role, n in names
+            )
+        }
+        self._due_s: dict[WorkerId, float | None] = dict.fromkeys(self.workers)
+        self._start()
+
+    def run(self, requests: Iterable[TracedRequest]) -> None:
+        """Serve a trace to its end."""
+        arrivals = enumerate(requests)
+        self._next_arrival(arrivals)
+        self._at(TICK_S, self._tick)
+        events = self._events
+        while events:
+            self.now_s, _, act = heapq.heappop(events)
+            act(self.now_s)
+
+    def _start(self) -> None:
+        facts = tuple(MemberFacts(each.id, each.role, False) for each in self.workers.values())
+        self._feed(MembershipChanged(facts))
+        self._feed(SnapshotTaken(()))
+        for worker in self.workers.values():
+            self._feed(worker.up())
+            self._feed(worker.cache())
+
+    def _at(self, time_s: float, act: Callable[[float], None]) -> None:
+        self._made += 1
+        heapq.heappush(self._events, (time_s, self._made, act))
+
+    # Requests
+
+    def _next_arrival(self, arrivals: Iterator[tuple[int, TracedRequest]]) -> None:
+        item = next(arrivals, None)
+        self._arriving = item is not None
+        if item is None:
+            return
+        number, request = item
+
+        def arrive(now_s: float) -> None:
+            self._next_arrival(arrivals)
+            self._arrive(RequestKey(f"0:{number}"), request)
+
+        self._at(request.arrival_s, arrive)
+
+    def _arrive(self, key: RequestKey, request: TracedRequest) -> None:
+        self.under_way += 1
+        hashes = prompt_hashes(request, self._layout.block_tokens)
+        self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
+        shape = Shape(request.input_tokens, request.output_tokens, addresses=hashes)
+        self._feed(RequestArrived(key, Demand(shape, b""), _TICKET))
+
+    # The router
+
+    def _feed(self, event: Event) -> None:
+        for command in self.router.handle(self.now_s, event):
+            self._obey(command)
+
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, Submit | AbortOn):
+            worker = self.workers[command.worker]
+
+            def deliver(now_s: float) -> None:
+                if isinstance(command, Submit):
+                    worker.submit(now_s, command, self._asked[command.key])
+                else:
+                    worker.abort(now_s, command)
+                self._wake(now_s, worker)
+
+            self._at(self.now_s + self._layout.link_s, deliver)
+        elif isinstance(command, Ended):
+            self.under_way -= 1
+            self._on_end(command)
+
+    def _tick(self, now_s: float) -> None:
+        self._feed(Tick())
+        if self._arriving or self.under_way:
+            self._at(now_s + TICK_S, self._tick)
+
+    # The workers
+
+    def _wake(self, now_s: float, worker: SimulatedWorker) -> None:
+        due_s = worker.next_s(now_s)
+        if due_s != self._due_s[worker.id]:
+            self._due_s[worker.id] = due_s
+            if due_s is not None:
+                self._at(due_s, lambda at_s: self._due(at_s, worker))
+
+    def _due(self, now_s: float, worker: SimulatedWorker) -> None:
+        if self._due_s[worker.id] != now_s:
+            return  # Something came in between, and it was planned anew.
+        self._due_s[worker.id] = None
+        told = worker.finish(now_s)
+        if told is not None:
+
+            def report(_: float) -> None:
+                step, cache = told
+                self._feed(step)
+                if cache is not None:
+                    self._feed(cache)
+
+            self._at(now_s + self._layout.link_s, report)
+        self._wake(now_s, worker)
+
+
+def prompt_hashes(request: TracedRequest, block_tokens: int) -> Sequence[bytes]:
+    """Content addresses of a prompt's full blocks: of what the trace says is shared.
+
+    A trace's id stands for its block after all blocks before it, as an address does.
+    """
+    parts = BLOCK_TOKENS // block_tokens
+    assert parts * block_tokens == BLOCK_TOKENS, "a trace's block is whole blocks of the engines"
+    full = request.input_tokens // block_tokens
+    if parts == 1:
+        return [block.to_bytes(8, "big") for block in request.block_ids[:full]]
+    hashes = [
+        block.to_bytes(8, "big") + bytes((part,))
+        for block in request.block_ids
+        for part in range(parts)
+    ]
+    return hashes[:full]

@@ -1,0 +1,86 @@
+"""Engines on GPUs, as the engine model's costs: what a simulated cluster is made of.
+
+Costs are least-squares fits, relative, of `engine.latency_model` to summed kernel times on H100 SXM
+(SHARED/perf/h100_sxm_step_times_derived.csv; `python -m benchmarks.engine_profiles` makes them
+again). Prefill costs are 1.2 times the fit, since those sums leave out 10 to 30 % (FACTS.md). KV
+bytes per token are 2 x layers x KV heads x head size x 2 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from engine.spec import SimulatedTiming
+
+_H100_BYTES: Final = 80e9
+_MEMORY_SHARE: Final = 0.92
+"""vLLM's gpu_memory_utilization."""
+_ACTIVATION_BYTES: Final = 3e9
+"""A GPU's, beside weights and KV: what vLLM's profiling run leaves out of the KV cache."""
+_LINK_BYTES_S: Final = 40e9
+"""A GPU's InfiniBand NDR port, 50 GB/s per direction, at 80 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProfile:
+    """One engine: a model on its GPUs."""
+
+    model: str
+    gpus: int
+    """That one engine runs on."""
+    kv_bytes_per_token: int
+    weights_bytes: float
+    step_base_s: float
+    prefill_token_s: float
+    prefill_pair_s: float
+    decode_request_s: float
+    decode_context_token_s: float
+    max_step_tokens: int = 8192
+    max_running_requests: int = 1024
+    """Both vLLM's for servers of 70 GiB and more."""
+    max_model_len_tokens: int = 131_072
+
+    @property
+    def kv_tokens(self) -> int:
+        """What its KV cache holds."""
+        memory = self.gpus * (_H100_BYTES * _MEMORY_SHARE - _ACTIVATION_BYTES)
+        return int((memory - self.weights_bytes) / self.kv_bytes_per_token)
+
+    def timing(self, block_tokens: int) -> SimulatedTiming:
+        """Its costs, with blocks of this size."""
+        block_bytes = block_tokens * self.kv_bytes_per_token
+        return SimulatedTiming(
+            step_base_s=self.step_base_s,
+            prefill_token_s=self.prefill_token_s,
+            prefill_pair_s=self.prefill_pair_s,
+            decode_request_s=self.decode_request_s,
+            decode_context_token_s=self.decode_context_token_s,
+            transfer_block_s=block_bytes / (self.gpus * _LINK_BYTES_S),
+        )
+
+
+PROFILES: Final[dict[str, EngineProfile]] = {
+    "llama-3.1-8b-h100": EngineProfile(
+        model="Llama-3.1-8B",
+        gpus=1,
+        kv_bytes_per_token=131_072,
+        weights_bytes=16.1e9,
+        step_base_s=6.37e-3,
+        prefill_token_s=19.4e-6,
+        prefill_pair_s=1.13e-9,
+        decode_request_s=12.8e-6,
+        decode_context_token_s=42.8e-9,
+    ),
+    "llama-3.1-70b-h100x4": EngineProfile(
+        model="Llama-3.1-70B",
+        gpus=4,
+        kv_bytes_per_token=327_680,
+        weights_bytes=141e9,
+        step_base_s=16.2e-3,
+        prefill_token_s=66.0e-6,
+        prefill_pair_s=1.35e-9,
+        decode_request_s=27.0e-6,
+        decode_context_token_s=27.3e-9,
+    ),
+}

@@ -1,0 +1,222 @@
+"""A worker of the simulated cluster: the simulated engine, and what a worker makes of its steps.
+
+Pure: whoever owns the clock calls it when something is due. Its engine takes steady decode steps
+many at a time, ended early where something comes in between, which changes no time and no order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+from engine.latency_model import StepTimes
+from engine.simulated.core import SimulatedCore
+from engine.simulated.request import CountedRequest, Manifest
+from engine.simulated.scheduler import SimulatedLimits
+from kvstore.index_feed import CacheChange, CacheSnapshot
+from protos.enginecore import ENGINE_TAG, FINISH_LENGTH, EngineOutput
+from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
+from router.core.events import (
+    AbortOn,
+    CacheReported,
+    Finish,
+    OutputReport,
+    PromptUse,
+    Role,
+    StepReported,
+    Submit,
+    WorkerUp,
+)
+from simulator.profiles import EngineProfile
+
+INCARNATION: Final = Incarnation(1)
+KV_LEASE_S: Final = 30.0
+
+
+class Asked(NamedTuple):
+    """What a request is to the engines: its lengths, and what its prompt shares with others."""
+
+    prompt_tokens: int
+    output_tokens: int
+    prompt_hashes: Sequence[bytes]
+    """Of its full blocks."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One submission."""
+
+    key: RequestKey
+    number: Attempt
+    request: CountedRequest
+    told_tokens: int
+    """Output tokens that the router knows."""
+
+
+@dataclass(slots=True)
+class _Steps:
+    """What the engine is doing: steps of one kind, and when the last of them ends."""
+
+    began_s: float
+    ends_s: float
+    count: int
+
+
+@dataclass(slots=True)
+class SimulatedWorker:
+    """One engine and the requests on it."""
+
+    id: WorkerId
+    role: Role
+    profile: EngineProfile
+    block_tokens: int
+    manifests: dict[bytes, dict[str, Any]]
+    """Of all workers, by name: where handed-off blocks are."""
+    _engine: SimulatedCore = field(init=False)
+    _attempts: dict[str, _Attempt] = field(default_factory=dict)
+    _steps: _Steps | None = None
+    _arrivals: int = 0
+    _changes: int = 0
+    busy_s: float = 0.0
+    """Time in which it computed."""
+    computed_tokens: int = 0
+    """Prompt tokens that were neither cached nor fetched."""
+
+    def __post_init__(self) -> None:
+        limits = SimulatedLimits(
+            engine_id=self.id,
+            block_size_tokens=self.block_tokens,
+            kv_blocks=self.kv_blocks,
+            max_model_len_tokens=self.max_model_len_tokens,
+            max_running_requests=self.profile.max_running_requests,
+            max_step_tokens=self.profile.max_step_tokens,
+            kv_lease_s=KV_LEASE_S,
+        )
+        times = StepTimes(self.profile.timing(self.block_tokens))
+        self._engine = SimulatedCore(limits, times, first_and_last_only=True)
+
+    @property
+    def kv_blocks(self) -> int:
+        return self.profile.kv_tokens // self.block_tokens
+
+    @property
+    def max_model_len_tokens(self) -> int:
+        """A request that no cache holds is refused."""
+        return min(self.profile.max_model_len_tokens, self.kv_blocks * self.block_tokens)
+
+    def up(self) -> WorkerUp:
+        """Its greeting."""
+        return WorkerUp(
+            self.id, INCARNATION, self.role, ENGINE_TAG, self.block_tokens, self.kv_blocks,
+            self.max_model_len_tokens,
+        )  # fmt: skip
+
+    def cache(self) -> CacheReported:
+        """Its first report."""
+        return CacheReported(self.id, INCARNATION, CacheSnapshot(0, ()))
+
+    def submit(self, now_s: float, command: Submit, asked: Asked) -> None:
+        """Take a router's request."""
+        self._interrupt(now_s)
+        known = asked.prompt_tokens + len(command.output_token_ids)
+        self._arrivals += 1
+        request_id = f"{command.key}#{command.attempt}"
+        request = CountedRequest(
+            request_id=request_id,
+            order=(0, self._arrivals),
+            prompt_tokens=asked.prompt_tokens,
+            known_tokens=known,
+            max_tokens=known + 1 if command.hand_off else asked.prompt_tokens + asked.output_tokens,
+            hand_off=command.hand_off,
+            source=self._manifest(command.manifest),
+            prompt_hashes=asked.prompt_hashes,
+        )
+        self._attempts[request_id] = _Attempt(
+            command.key, command.attempt, request, len(command.output_token_ids)
+        )
+        self._engine.enter(request)
+
+    def abort(self, now_s: float, command: AbortOn) -> None:
+        """End an attempt, or free the blocks that it left."""
+        self._interrupt(now_s)
+        request_id = f"{command.key}#{command.attempt}"
+        self._attempts.pop(request_id, None)
+        self.manifests.pop(request_id.encode(), None)
+        self._engine.abort([request_id])
+
+    def next_s(self, now_s: float) -> float | None:
+        """When `finish` is due; begins to work if there is anything to do."""
+        if self._steps is None:
+            plan = self._engine.start_step(now_s)
+            if plan is None:
+                return self._engine.wake_s()
+            wake_s = self._engine.wake_s()
+            count = plan.steady_steps
+            if count > 1 and wake_s is not None:
+                count = min(count, self._engine.steps_within(wake_s - now_s))
+            duration_s = self._engine.steps_s(count) if count > 1 else plan.duration_s
+            self._steps = _Steps(now_s, now_s + duration_s, count)
+        return self._steps.ends_s
+
+    def finish(self, now_s: float) -> tuple[StepReported, CacheReported | None] | None:
+        """What is to be told of the steps that end now; None if none do."""
+        steps = self._steps
+        if steps is None or steps.ends_s > now_s:
+            return None
+        self._steps = None
+        self.busy_s += steps.ends_s - steps.began_s
+        if steps.count > 1:
+            self._engine.take_steps(steps.count)
+        done = self._engine.finish_step(now_s)
+        reports = [self._report(output) for output in done.outputs]
+        return StepReported(self.id, INCARNATION, reports, done.load), self._cache_change()
+
+    def _interrupt(self, now_s: float) -> None:
+        """Of several steps, those that have not begun are not taken as they were planned."""
+        steps = self._steps
+        if steps is not None and steps.count > 1 and now_s < steps.ends_s:
+            begun = self._engine.steps_within(now_s - steps.began_s)
+            if begun < steps.count:
+                steps.count = begun
+                steps.ends_s = steps.began_s + self._engine.steps_s(begun)
+
+    def _report(self, output: EngineOutput) -> OutputReport:
+        attempt = self._attempts[output.request_id]
+        first = attempt.told_tokens
+        position = attempt.request.output_tokens
+        attempt.told_tokens = position
+        finish, manifest = Finish.NOT_FINISHED, b""
+        if output.finish_reason is not None:
+            assert output.finish_reason == FINISH_LENGTH
+            finish = Finish.LENGTH
+            del self._attempts[output.request_id]
+            if output.kv_transfer_params is not None:
+                manifest = output.request_id.encode()
+                self.manifests[manifest] = output.kv_transfer_params
+        use = None
+        if (stats := output.prefill_stats) is not None:
+            self.computed_tokens += stats.num_computed_tokens
+            use = PromptUse(
+                stats.num_prompt_tokens, stats.num_computed_tokens, stats.num_local_cached_tokens,
+                stats.num_external_cached_tokens,
+            )  # fmt: skip
+        return OutputReport(
+            attempt.key, attempt.number, first, _ZEROS[: position - first], b"", finish, manifest,
+            prompt_use=use,
+        )  # fmt: skip
+
+    def _manifest(self, name: bytes) -> Manifest | None:
+        params: Mapping[str, Any] | None = self.manifests.get(name)
+        return None if params is None else Manifest.from_params(dict(params))
+
+    def _cache_change(self) -> CacheReported | None:
+        removed, stored = self._engine.take_cache_changes()
+        if not removed and not stored:
+            return None
+        self._changes += 1
+        return CacheReported(self.id, INCARNATION, CacheChange(self._changes, removed, stored))
+
+
+_ZEROS: Final = [0] * 131_072
+"""Tokens that nobody reads."""
