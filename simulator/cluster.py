@@ -135,7 +135,8 @@ class Cluster:
         self.under_way += 1
         hashes = prompt_hashes(request, self._layout.block_tokens)
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
-        shape = Shape(request.input_tokens, request.output_tokens, addresses=hashes)
+        # The output's length is nobody's to know.
+        shape = Shape(request.input_tokens, None, addresses=hashes, kind=request.client)
         self._feed(RequestArrived(key, Demand(shape, b""), _TICKET))
 
     # The router

@@ -105,6 +105,11 @@ class Shape:
     """Generated so far."""
     addresses: Sequence[bytes] = ()
     """Content addresses of the prompt's whole blocks (`kvstore.content`)."""
+    kind: str = ""
+    """Who asks and by what route: requests of one kind get outputs of like lengths."""
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    """What it asks for itself."""
 
 
 @dataclass(frozen=True, slots=True)

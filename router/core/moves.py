@@ -165,7 +165,7 @@ class Moves:
 
     def _unassign(self, now_s: float, request: Request) -> None:
         request.unassign()
-        self._placement.ended(now_s, request.key)
+        self._placement.ended(now_s, request.key, None)
 
     def place_again(self, now_s: float, request: Request, why: str) -> None:
         """It is on no worker any more: find another."""
@@ -208,7 +208,8 @@ class Moves:
         reader_was_told = request.current is not None and request.current.worker.attached
         request.advance(now_s, Trigger.END, f"{end}: {why}" if why else end)
         request.release()
-        self._placement.ended(now_s, request.key)
+        whole = request.position if end is End.COMPLETE else None
+        self._placement.ended(now_s, request.key, whole)
         del self.requests[request.key]
         self.waiting.pop(request.key, None)
         for engagement in request.engagements:

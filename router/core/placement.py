@@ -119,8 +119,9 @@ class Placement(Protocol):
         """The prompt that was placed is computed; comes again when its second worker goes on."""
         ...
 
-    def ended(self, now_s: float, key: RequestKey) -> None:
-        """The request is over, or will be placed anew: nothing of it is anywhere."""
+    def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
+        """The request is over, after so many tokens if it ended by itself; or it will be placed
+        anew. Nothing of it is anywhere."""
         ...
 
 
@@ -130,7 +131,7 @@ class Uncounted:
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Nothing to count."""
 
-    def ended(self, now_s: float, key: RequestKey) -> None:
+    def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """Nothing to count."""
 
 
