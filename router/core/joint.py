@@ -28,6 +28,9 @@ from router.core.placement import Candidate, Decision, Reason, TieBreak, View
 from router.core.workers import Worker
 
 AHEAD_ENTRIES: Final = 1_000_000
+_FULL: Final = 0.9
+"""Of a KV cache: beyond that, requests wait for others to end."""
+_FULL_COST: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,13 @@ class Slo:
 class Weights:
     """What the parts of a cost weigh. Found by `python -m benchmarks.tune`."""
 
-    others: float = 1.0
-    """A second that a prompt takes from whatever comes after it, against one of its own."""
-    knee: float = 0.7
-    """The share of an SLO from which on it hurts more."""
-    steepness: float = 8.0
-    """How much more: cost of a share x beyond the knee is x + steepness (x - knee)^2."""
+    power: float = 3.0
+    """A latency that is the share x of its SLO hurts by x to this power: so work goes where there
+    is room, and how fast the fast ones are matters little."""
+    later: float = 1.0
+    """Prompts that will come after this one and find it before them, beyond those that wait."""
+    floor: float = 0.02
+    """What a prompt's time costs at least, where nothing waits: so caches are used."""
     share_window_s: float = 10.0
     """Over how long the share of its time that a worker spends on prompts is averaged."""
 
@@ -241,14 +245,34 @@ class JointPlacement:
         share = forecast.prefill_share(ask.now_s, self._weights.share_window_s, prefill_s)
         return step_s / (1 - share)
 
+    def _hurt_beside(self, ask: _Asked, forecast: Forecast, tpot_s: float) -> float:
+        """What all that decode there are hurt by this one, itself included."""
+        if not forecast.decodes:
+            return self._hurt(tpot_s / ask.tpot_slo_s)
+        share = forecast.prefill_share(ask.now_s, self._weights.share_window_s)
+        before_s = self._step_s(forecast.decodes, forecast.context_tokens) / (1 - share)
+        more = self._hurt(tpot_s / ask.tpot_slo_s) - self._hurt(before_s / ask.tpot_slo_s)
+        return self._hurt(tpot_s / ask.tpot_slo_s) + forecast.decodes * more
+
+    def _hurt_behind(
+        self, ask: _Asked, forecast: Forecast, ttft_s: float, prefill_s: float
+    ) -> float:
+        """What this prompt's time is worth to itself and to those that will wait behind it."""
+        share, weights = ttft_s / ask.ttft_slo_s, self._weights
+        price = max(weights.floor, weights.power * share ** (weights.power - 1))
+        later = weights.later + len(forecast.prefills)
+        return self._hurt(share) + later * price * prefill_s / ask.ttft_slo_s
+
     def _prefill(self, ask: _Asked, worker: Worker) -> Candidate:
         forecast = self._forecast(worker)
         cached = ask.held.get(worker.id, 0)
         queue_s = forecast.queue_s(ask.now_s)
         prefill_s = self._prefill_s(ask.tokens - cached, cached, forecast)
         ttft_s = queue_s + prefill_s
-        cost = self._hurt(ttft_s / ask.ttft_slo_s)
-        cost += self._weights.others * prefill_s / ask.ttft_slo_s
+        cost = self._hurt_behind(ask, forecast, ttft_s, prefill_s)
+        if forecast.decodes:
+            tpot_s = self._tpot_s(ask, forecast, prefill_s)
+            cost += self._hurt_beside(ask, forecast, tpot_s) - self._hurt(tpot_s / ask.tpot_slo_s)
         return Candidate(worker.id, Role.PREFILL, cost, (cached, queue_s, prefill_s, ttft_s, 0.0))
 
     def _decode(self, ask: _Asked, worker: Worker) -> Candidate:
@@ -257,7 +281,7 @@ class JointPlacement:
         blocks = (ask.tokens - cached) / worker.block_size_tokens
         transfer_s = self._learned.transfer.value * blocks * self._times.timing.transfer_block_s
         tpot_s = self._tpot_s(ask, forecast, 0.0) + transfer_s / ask.length_tokens
-        cost = self._hurt(tpot_s / ask.tpot_slo_s) + self._crowding(ask, worker, forecast)
+        cost = self._hurt_beside(ask, forecast, tpot_s) + self._crowding(ask, worker, forecast)
         return Candidate(worker.id, Role.DECODE, cost, (cached, 0.0, 0.0, transfer_s, tpot_s))
 
     def _whole(self, ask: _Asked, worker: Worker) -> Candidate:
@@ -267,8 +291,8 @@ class JointPlacement:
         prefill_s = self._prefill_s(ask.tokens - cached, cached, forecast)
         ttft_s = queue_s + prefill_s
         tpot_s = self._tpot_s(ask, forecast, prefill_s)
-        cost = self._hurt(ttft_s / ask.ttft_slo_s) + self._hurt(tpot_s / ask.tpot_slo_s)
-        cost += self._weights.others * prefill_s / ask.ttft_slo_s
+        cost = self._hurt_behind(ask, forecast, ttft_s, prefill_s)
+        cost += self._hurt_beside(ask, forecast, tpot_s)
         cost += self._crowding(ask, worker, forecast)
         return Candidate(worker.id, Role.DECODE, cost, (cached, queue_s, prefill_s, ttft_s, tpot_s))
 
@@ -276,11 +300,10 @@ class JointPlacement:
         """What it costs that its KV cache has no room: requests wait for others to end."""
         capacity = worker.kv_blocks_total * worker.block_size_tokens
         use = (forecast.context_tokens + ask.context_tokens) / max(1, capacity)
-        return self._hurt(use) if use > self._weights.knee else 0.0
+        return (forecast.decodes + 1) * max(0.0, use - _FULL) * _FULL_COST
 
     def _hurt(self, share: float) -> float:
-        beyond = share - self._weights.knee
-        return share if beyond <= 0 else share + self._weights.steepness * beyond * beyond
+        return math.pow(share, self._weights.power)
 
     # What follows
 

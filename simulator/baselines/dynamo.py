@@ -30,6 +30,7 @@ run whole on decode workers, by the whole cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
@@ -143,7 +144,7 @@ class DynamoConditional(DynamoKv):
     @property
     def split_above_tokens(self) -> int | None:
         """See `PeerPolicy`: held against what is new of a prompt."""
-        return int(self._local_tokens)
+        return int(self._local_tokens) if self._local_tokens < math.inf else None
 
     def choose_decode(self, ask: Ask, workers: Sequence[Worker]) -> Choice:
         """By live blocks, less what is cached."""

@@ -27,6 +27,7 @@ that goes with the precise index, flow control and the latency predictor are lef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
@@ -59,7 +60,8 @@ class _Llmd(PeerPolicy):
     @property
     def split_above_tokens(self) -> int | None:
         """See `PeerPolicy`."""
-        return int(self._remote_from_tokens) or None
+        limit = self._remote_from_tokens
+        return int(limit) if 0 < limit < math.inf else None
 
     def split(
         self, ask: Ask, prefill: Sequence[Worker], decode: Sequence[Worker]

@@ -1,0 +1,339 @@
+"""What all peers' policies have in common; and the words that their tests drive them with."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.base import EngineLoad
+from engine.latency_model import StepTimes
+from engine.spec import SimulatedTiming
+from kvstore.index import KvIndex
+from protos.enginecore import ENGINE_TAG
+from protos.errors import ConfigError
+from protos.ids import Incarnation, RequestKey, WorkerId
+from router.core.events import Role, Shape, WorkerUp
+from router.core.placement import Candidate, Decision, Reason, View
+from router.core.workers import WorkerPool
+from simulator.baselines import BASELINES, Setup
+from simulator.baselines.policy import PeerPolicy
+
+BLOCK_TOKENS = 10
+TIMING = SimulatedTiming(
+    step_base_s=0.010,
+    prefill_token_s=0.001,
+    prefill_pair_s=0.0,
+    decode_request_s=0.002,
+    decode_context_token_s=0.00001,
+)
+MAX_STEP_TOKENS = 100
+LATE = ("dynamo_kv", "dynamo_conditional")
+"""Their decode workers are chosen once the first token is made."""
+
+
+def setup(seed: int = 0, timing: SimulatedTiming = TIMING, **knobs: float) -> Setup:
+    return Setup(Random(seed), StepTimes(timing), MAX_STEP_TOKENS, 256, knobs)
+
+
+def key(name: str) -> RequestKey:
+    return RequestKey(f"0:{name}")
+
+
+def addresses(prompt: str) -> list[bytes]:
+    """A block for each letter; equal ones are equal beginnings."""
+    return [prompt[: end + 1].encode() for end in range(len(prompt))]
+
+
+class Peer:
+    """A policy and its cluster. A worker named p... is of the prefill pool, d... of the decode
+    pool; a prompt's letters are blocks of 10 tokens."""
+
+    def __init__(
+        self, name: str, workers: str, seed: int = 0, timing: SimulatedTiming = TIMING,
+        **knobs: float,
+    ) -> None:  # fmt: skip
+        policy = BASELINES[name](setup(seed, timing, **knobs))
+        assert isinstance(policy, PeerPolicy)
+        self.policy = policy
+        self.pool = WorkerPool()
+        self.index = KvIndex(1000)
+        self.view = View(self.pool, self.index, BLOCK_TOKENS, " p" in f" {workers}", 0)
+        self.now_s = 100.0
+        for worker in workers.split():
+            self.up(worker)
+
+    def up(self, worker: str) -> None:
+        role = Role.PREFILL if worker.startswith("p") else Role.DECODE
+        self.pool.attach(
+            WorkerUp(WorkerId(worker), Incarnation(1), role, ENGINE_TAG, BLOCK_TOKENS, 100, 1000)
+        )
+
+    def down(self, worker: str) -> None:
+        found = self.pool.get(WorkerId(worker))
+        assert found is not None
+        self.pool.detach(found)
+
+    def load(
+        self, worker: str, running: int = 0, waiting: int = 0, used: int = 0, total: int = 100
+    ) -> None:
+        """What the worker reports from now on."""
+        found = self.pool.get(WorkerId(worker))
+        assert found is not None
+        found.load = EngineLoad(running, waiting, used, total)
+
+    def cached(self, worker: str, prompt: str) -> None:
+        """The engine tells that it holds this."""
+        self.index.store(worker, addresses(prompt))
+
+    def ask(self, name: str, prompt: str = "a", **shape: Any) -> Decision | None:
+        """Place a request; 10 tokens for each letter unless it says how many."""
+        shape = {"prompt_tokens": BLOCK_TOKENS * len(prompt), "max_tokens": None, **shape}
+        asked = Shape(addresses=addresses(prompt), **shape)
+        return self.policy.place(self.now_s, self.view, key(name), asked)
+
+    def place(self, name: str, prompt: str = "a", **shape: Any) -> Decision:
+        """That can be placed."""
+        decision = self.ask(name, prompt, **shape)
+        assert decision is not None
+        return decision
+
+    def place_on(self, worker: str, count: int, prompt: str = "", prompt_tokens: int = 1) -> None:
+        """Give one worker so many requests, whatever the policy thinks."""
+        others = [each.id for each in self.pool if each.id != worker]
+        for other in others:
+            self.down(other)
+        for number in range(count):
+            self.place(f"{worker}-{prompt}-{number}", prompt, prompt_tokens=prompt_tokens)
+        for other in others:
+            self.up(other)
+
+    def first_token(self, name: str) -> None:
+        self.policy.first_token(self.now_s, key(name))
+
+    def ended(self, name: str, output_tokens: int | None = 5) -> None:
+        self.policy.ended(self.now_s, key(name), output_tokens)
+
+
+def costs(decision: Decision, role: Role = Role.DECODE) -> dict[str, float]:
+    return {each.worker: each.cost for each in decision.candidates if each.role is role}
+
+
+def numbers(decision: Decision, worker: str, role: Role = Role.DECODE) -> dict[str, float]:
+    """What was compared of one worker."""
+    found = next(
+        each for each in decision.candidates if each.worker == worker and each.role is role
+    )
+    return dict(zip(decision.compared, found.numbers, strict=True))
+
+
+def chosen_over_seeds(name: str, workers: str, **knobs: Any) -> set[str | None]:
+    """Where a first request goes."""
+    return {Peer(name, workers, seed, **knobs).place("a").worker for seed in range(30)}
+
+
+every_policy = pytest.mark.parametrize("name", BASELINES)
+
+
+@every_policy
+def test_without_prefill_workers_all_are_placed_as_a_whole(name: str) -> None:
+    decision = Peer(name, "d0 d1").place("a", "abc")
+    assert (decision.reason, decision.prefill) == (Reason.NO_PREFILL_POOL, None)
+    assert decision.worker in ("d0", "d1")
+    assert decision.prompt_tokens == 30
+
+
+@every_policy
+def test_prefill_workers_that_should_be_there_are_missed(name: str) -> None:
+    peer = Peer(name, "p0 d0")
+    peer.down("p0")
+    assert peer.place("a").reason is Reason.PREFILL_DOWN
+
+
+@every_policy
+def test_with_prefill_workers_all_are_split(name: str) -> None:
+    decision = Peer(name, "p0 p1 d0 d1", **_never_local(name)).place("a", "abc")
+    assert decision.reason is Reason.LONG_PROMPT
+    assert decision.prefill in ("p0", "p1")
+    assert decision.worker in ((None,) if name in LATE else ("d0", "d1"))
+
+
+@every_policy
+def test_without_decode_workers_a_prefill_worker_takes_it_whole(name: str) -> None:
+    decision = Peer(name, "p0 p1").place("a")
+    assert (decision.reason, decision.prefill) == (Reason.DECODE_DOWN, None)
+    assert decision.worker in ("p0", "p1")
+
+
+@every_policy
+def test_what_goes_on_does_so_on_a_decode_worker(name: str) -> None:
+    for workers in ("d0 d1", "p0 d0 d1"):
+        decision = Peer(name, workers).place("a", "abc", output_tokens=7)
+        assert (decision.reason, decision.prefill) == (Reason.RESUME, None)
+        assert decision.worker in ("d0", "d1")
+
+
+@every_policy
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"max_tokens": 1}, Reason.ONE_TOKEN),
+        ({"prompt_logprobs": True}, Reason.PROMPT_LOGPROBS),
+    ],
+)
+def test_what_cannot_be_split_is_placed_whole(
+    name: str, shape: dict[str, Any], reason: Reason
+) -> None:
+    decision = Peer(name, "p0 d0").place("a", **shape)
+    assert (decision.reason, decision.worker, decision.prefill) == (reason, "d0", None)
+
+
+@every_policy
+def test_nobody_can_take_it(name: str) -> None:
+    peer = Peer(name, "p0 d0")
+    peer.down("p0")
+    peer.down("d0")
+    assert peer.ask("a") is None
+
+
+@every_policy
+def test_a_worker_that_is_down_is_not_chosen_though_it_has_everything(name: str) -> None:
+    peer = Peer(name, "d0 d1")
+    peer.cached("d0", "abc")
+    peer.place_on("d0", 1, "abc", 30)
+    peer.place_on("d1", 3)
+    peer.down("d0")
+    assert peer.place("a", "abc").worker == "d1"
+
+
+@every_policy
+def test_the_same_seed_chooses_the_same(name: str) -> None:
+    def chosen() -> list[str | None]:
+        peer = Peer(name, "d0 d1 d2 d3", seed=5)
+        return [peer.place(str(number), "abc"[number % 3 :]).worker for number in range(20)]
+
+    assert chosen() == chosen()
+
+
+@pytest.mark.parametrize("name", set(BASELINES) - {"mooncake", "round_robin", "sglang_cache_aware"})
+def test_equals_are_broken_by_the_seed(name: str) -> None:
+    assert chosen_over_seeds(name, "d0 d1 d2") == {"d0", "d1", "d2"}
+
+
+@pytest.mark.parametrize("name", ["mooncake", "round_robin", "sglang_cache_aware"])
+def test_some_peers_take_the_first_of_equals(name: str) -> None:
+    assert chosen_over_seeds(name, "d0 d1 d2") == {"d0"}
+
+
+@every_policy
+def test_an_unknown_knob_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown knob nonsense"):
+        BASELINES[name](setup(nonsense=1.0))
+
+
+def test_the_nearest_knob_is_named() -> None:
+    with pytest.raises(ConfigError, match="unknown knob tetha: did you mean theta"):
+        BASELINES["mooncake"](setup(tetha=1.0))
+    with pytest.raises(ConfigError, match="did you mean cache_threshold"):
+        BASELINES["sglang_cache_aware"](setup(cach_threshold=1.0))
+
+
+def _never_local(name: str) -> dict[str, Any]:
+    return {"local_tokens": 0.0} if name == "dynamo_conditional" else {}
+
+
+# Whatever happens
+
+names = st.sampled_from("abcdef")
+prompts = st.text("xy", max_size=6)
+workers = st.sampled_from(["p0", "p1", "d0", "d1", "d2"])
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("place"), names, prompts, st.sampled_from([0, 0, 0, 1, 5])),
+        st.tuples(st.just("first_token"), names),
+        st.tuples(st.just("ended"), names),
+        st.tuples(st.just("down"), workers),
+        st.tuples(st.just("up"), workers),
+        st.tuples(st.just("load"), workers, st.integers(0, 9), st.integers(0, 9)),
+        st.tuples(st.just("cached"), workers, prompts),
+        st.tuples(st.just("wait"), st.sampled_from([0.01, 0.1, 61.0, 1300.0])),
+    ),
+    max_size=40,
+)
+
+
+class Anything:
+    """Does what it is told to, and looks at every decision."""
+
+    def __init__(self, name: str, layout: str) -> None:
+        self.peer = Peer(name, layout)
+        self.late = name in LATE
+        self.layout = layout.split()
+
+    def do(self, what: str, *given: Any) -> None:
+        peer = self.peer
+        if what == "place":
+            self.place(*given)
+        elif what == "wait":
+            peer.now_s += given[0]
+        elif what in ("first_token", "ended"):
+            getattr(peer, what)(given[0])
+        elif given[0] in self.layout:
+            worker, *rest = given
+            if what == "load":
+                peer.load(worker, rest[0], rest[1], used=10 * rest[0])
+            else:
+                getattr(peer, what)(*given)
+
+    def place(self, name: str, prompt: str, output_tokens: int) -> None:
+        peer = self.peer
+        tokens = BLOCK_TOKENS * len(prompt) + 3
+        decision = peer.ask(name, prompt, prompt_tokens=tokens, output_tokens=output_tokens)
+        prefill = [each.id for each in peer.pool.usable(Role.PREFILL)]
+        decode = [each.id for each in peer.pool.usable(Role.DECODE)]
+        if decision is None:
+            assert not prefill
+            assert not decode
+            return
+        if decision.prefill is not None:
+            assert decision.prefill in prefill
+            assert not output_tokens
+        if decision.worker is not None:
+            assert decision.worker in (decode or prefill)
+        else:
+            assert self.late
+            assert decision.prefill is not None
+        for chosen in (decision.prefill, decision.worker):
+            assert chosen is None or any(each.worker == chosen for each in decision.candidates)
+        assert decision.as_json()["reason"] == decision.reason
+
+
+@every_policy
+@pytest.mark.parametrize("layout", ["d0 d1 d2", "p0 p1 d0 d1 d2"])
+@given(told=operations)
+def test_all_that_is_counted_goes_when_all_have_ended(
+    name: str, layout: str, told: list[tuple[Any, ...]]
+) -> None:
+    anything = Anything(name, layout)
+    for operation in told:
+        anything.do(*operation)
+    for request in "abcdef":
+        anything.peer.ended(request)
+    policy = anything.peer.policy
+    assert policy.counts.idle
+    if live := getattr(policy, "live", None):
+        assert live.idle
+
+
+def test_candidates_tell_the_least_cost_of_the_one_chosen() -> None:
+    """For those that have a cost to tell."""
+    for name in set(BASELINES) - {"random", "round_robin"}:
+        peer = Peer(name, "d0 d1 d2")
+        peer.place_on("d1", 2)
+        decision = peer.place("a", "abc")
+        best = min(decision.candidates, key=lambda each: each.cost)
+        assert isinstance(best, Candidate)
+        assert costs(decision)[str(decision.worker)] == best.cost

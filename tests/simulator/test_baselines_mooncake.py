@@ -1,0 +1,83 @@
+"""Mooncake's Algorithm 1, worked out by hand.
+
+Steps of at most 100 tokens take 10 ms and 1 ms for each token of a prompt, 2 ms for each request
+that decodes, and 10 us for each token of its context.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from router.core.events import Role
+from tests.simulator.test_baselines_common import Peer, costs, numbers
+
+
+def test_the_queue_and_the_prefill_are_predicted() -> None:
+    peer = Peer("mooncake", "p0 p1 d0")
+    peer.cached("p0", "abc")
+    decision = peer.place("a", "abcd")
+    assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.020, "p1": 0.050})
+    assert decision.prefill == "p0"
+    # 20 ms wait at p0 now.
+    decision = peer.place("b", "abcx")
+    assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.040, "p1": 0.050})
+    decision = peer.place("c", "abcy")
+    assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.060, "p1": 0.050})
+    assert decision.prefill == "p1"
+    peer.first_token("a")
+    assert numbers(peer.place("d", "abcz"), "p0", Role.PREFILL)["queue_s"] == pytest.approx(0.020)
+
+
+def test_a_long_prompt_takes_several_steps() -> None:
+    peer = Peer("mooncake", "d0")
+    assert costs(peer.place("a", "", prompt_tokens=250)) == pytest.approx({"d0": 0.030 + 0.250})
+
+
+def test_the_first_of_equals_is_taken() -> None:
+    peer = Peer("mooncake", "p0 p1 d0 d1")
+    decision = peer.place("a", "ab")
+    assert (decision.prefill, decision.worker) == ("p0", "d0")
+
+
+def test_whole_requests_are_placed_by_their_time_to_first_token() -> None:
+    peer = Peer("mooncake", "d0 d1")
+    peer.place_on("d0", 1, "xy", 20)
+    peer.cached("d0", "abc")
+    # d0: 30 ms of queue and 20 ms; d1: 50 ms. The first of equals.
+    decision = peer.place("a", "abcd")
+    assert costs(decision) == pytest.approx({"d0": 0.050, "d1": 0.050})
+    # Now 50 and 20 ms.
+    assert peer.place("b", "abcd").worker == "d1"
+
+
+def test_decode_by_the_least_predicted_time_between_tokens() -> None:
+    peer = Peer("mooncake", "p0 d0 d1")
+    peer.place_on("d0", 1, prompt_tokens=900)
+    peer.place_on("d1", 3, prompt_tokens=10)
+    decision = peer.place("a", "ab")
+    # 10 ms, 2 ms a request, 10 us a token of context, with this one.
+    expected = {"d0": 0.010 + 0.004 + 0.00920, "d1": 0.010 + 0.008 + 0.00050}
+    assert costs(decision) == pytest.approx(expected)
+    assert decision.worker == "d1"
+
+
+def test_what_was_generated_is_context_too() -> None:
+    peer = Peer("mooncake", "p0 d0")
+    decision = peer.place("a", "ab", output_tokens=80)
+    assert costs(decision) == pytest.approx({"d0": 0.010 + 0.002 + 0.00100})
+    assert numbers(peer.place("b", "a"), "d0")["context_tokens"] == 100
+
+
+@pytest.mark.parametrize(("theta", "would_fetch"), [(4.0, False), (3.9, True)])
+def test_theta_tells_where_a_prefix_would_be_fetched(theta: float, would_fetch: bool) -> None:
+    peer = Peer("mooncake", "p0 p1 p2 d0", theta=theta)
+    peer.cached("p0", "abcd")
+    peer.cached("p1", "a")
+    decision = peer.place("a", "abcd")
+    fetching = [
+        numbers(decision, worker, Role.PREFILL)["would_fetch"] for worker in ("p0", "p1", "p2")
+    ]
+    # p2 has nothing of it, which is less than any share.
+    assert fetching == [False, would_fetch, True]
+    # It is computed from what there is all the same.
+    assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.011, "p1": 0.040, "p2": 0.050})
