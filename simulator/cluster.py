@@ -66,6 +66,8 @@ class Cluster:
     ) -> None:
         self.now_s = 0.0
         self.under_way = 0
+        self.prompt_tokens = 0
+        """Of all that arrived."""
         self._layout = layout
         self._on_end = on_end
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -94,13 +96,15 @@ class Cluster:
         self._due_s: dict[WorkerId, float | None] = dict.fromkeys(self.workers)
         self._start()
 
-    def run(self, requests: Iterable[TracedRequest]) -> None:
-        """Serve a trace to its end."""
+    def run(
+        self, requests: Iterable[TracedRequest], enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Serve a trace to its end, or until it is enough."""
         arrivals = enumerate(requests)
         self._next_arrival(arrivals)
         self._at(TICK_S, self._tick)
         events = self._events
-        while events:
+        while events and not enough():
             self.now_s, _, act = heapq.heappop(events)
             act(self.now_s)
 
@@ -133,6 +137,7 @@ class Cluster:
 
     def _arrive(self, key: RequestKey, request: TracedRequest) -> None:
         self.under_way += 1
+        self.prompt_tokens += request.input_tokens
         hashes = prompt_hashes(request, self._layout.block_tokens)
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
         # The output's length is nobody's to know.
@@ -159,6 +164,7 @@ class Cluster:
             self._at(self.now_s + self._layout.link_s, deliver)
         elif isinstance(command, Ended):
             self.under_way -= 1
+            del self._asked[command.key]
             self._on_end(command)
 
     def _tick(self, now_s: float) -> None:

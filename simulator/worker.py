@@ -52,6 +52,8 @@ class _Attempt:
     request: CountedRequest
     told_tokens: int
     """Output tokens that the router knows."""
+    fetched: bool
+    """Another worker computed its prompt."""
 
 
 @dataclass(slots=True)
@@ -82,6 +84,8 @@ class SimulatedWorker:
     """Time in which it computed."""
     computed_tokens: int = 0
     """Prompt tokens that were neither cached nor fetched."""
+    cached_tokens: int = 0
+    """Prompt tokens that were in its own cache when they were to be computed here."""
 
     def __post_init__(self) -> None:
         limits = SimulatedLimits(
@@ -133,8 +137,9 @@ class SimulatedWorker:
             prompt_hashes=asked.prompt_hashes,
         )
         self._attempts[request_id] = _Attempt(
-            command.key, command.attempt, request, len(command.output_token_ids)
-        )
+            command.key, command.attempt, request, len(command.output_token_ids),
+            fetched=request.source is not None,
+        )  # fmt: skip
         self._engine.enter(request)
 
     def abort(self, now_s: float, command: AbortOn) -> None:
@@ -197,6 +202,8 @@ class SimulatedWorker:
         use = None
         if (stats := output.prefill_stats) is not None:
             self.computed_tokens += stats.num_computed_tokens
+            if not attempt.fetched:
+                self.cached_tokens += stats.num_local_cached_tokens
             use = PromptUse(
                 stats.num_prompt_tokens, stats.num_computed_tokens, stats.num_local_cached_tokens,
                 stats.num_external_cached_tokens,

@@ -45,11 +45,11 @@ class Slo:
 class Weights:
     """What the parts of a cost weigh. Found by `python -m benchmarks.tune`."""
 
-    power: float = 3.0
+    power: float = 2.0
     """A latency that is the share x of its SLO hurts by x to this power: so work goes where there
     is room, and how fast the fast ones are matters little."""
-    later: float = 1.0
-    """Prompts that will come after this one and find it before them, beyond those that wait."""
+    later: float = 20.0
+    """Prompts that will come after this one and lose its time, beyond those that wait already."""
     floor: float = 0.02
     """What a prompt's time costs at least, where nothing waits: so caches are used."""
     share_window_s: float = 10.0
@@ -259,7 +259,7 @@ class JointPlacement:
     ) -> float:
         """What this prompt's time is worth to itself and to those that will wait behind it."""
         share, weights = ttft_s / ask.ttft_slo_s, self._weights
-        price = max(weights.floor, weights.power * share ** (weights.power - 1))
+        price = max(weights.floor, weights.power * math.pow(share, weights.power - 1))
         later = weights.later + len(forecast.prefills)
         return self._hurt(share) + later * price * prefill_s / ask.ttft_slo_s
 

@@ -268,7 +268,7 @@ class AibrixPd(AibrixPrefix):
         load, count = worker.load, self.counts.at(worker.id)
         tokens_per_s = 0.0
         if load.running:
-            context_tokens = load.running * count.context_tokens // max(1, count.in_flight)
+            context_tokens = round(load.running * count.context_tokens / max(1, count.in_flight))
             step_s = self._step_s(StepWork(0, 0.0, load.running, context_tokens))
             tokens_per_s = load.running / step_s
         used = load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else 0.0

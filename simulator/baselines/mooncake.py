@@ -83,11 +83,8 @@ class Mooncake(PeerPolicy):
             )  # fmt: skip
             candidates.append(Candidate(worker.id, role, queue_s + prefill_s, numbers))
         chosen = min(candidates, key=lambda each: each.cost)
-        _, prefill_s, tokens, *_ = chosen.numbers
-        return Choice(
-            chosen.worker, candidates, ask.shape.prompt_tokens - int(tokens),
-            round(prefill_s * _NS_PER_S),
-        )  # fmt: skip
+        prefill_s = predicted_s[cached.get(chosen.worker, 0)]
+        return Choice(chosen.worker, candidates, prefill_ns=round(prefill_s * _NS_PER_S))
 
     def _prefill_s(self, ask: Ask, blocks: int) -> float:
         return self._setup.prefill_s(ask.shape.prompt_tokens, ask.tokens(blocks))

@@ -36,12 +36,11 @@ def test_a_pod_over_a_standard_deviation_is_left_out() -> None:
 
 
 def test_out_of_balance_only_the_least_loaded_are_matched() -> None:
-    for requests, chosen in ((8, "d1"), (9, "d2")):
+    for requests, chosen in ((9, "d1"), (10, "d2")):
         peer = Peer("aibrix_prefix", "d0 d1 d2", deviations=9.0)
         peer.place_on("d0", requests)
-        peer.place_on("d1", 1, "ab")
+        peer.place_on("d1", 2, "ab")
         peer.place_on("d2", 1, "a")
-        peer.ended("d2-a-0")
         assert peer.place("q", "ab").worker == chosen
 
 
@@ -91,11 +90,15 @@ def test_prefill_by_match_and_requests() -> None:
 
 
 def test_prefill_out_of_balance() -> None:
-    # At 16 and 0 the mean is 8 and the deviation 11.3.
-    for requests, candidates in ((16, {"p0": 0 + 16 / 16, "p1": 10}), (17, {"p0": 17, "p1": 0})):
+    for requests, candidates in (
+        # The mean is 9 and the deviation 11.3.
+        (17, {"p0": 0 + 17 / 17, "p1": 10 + 1 / 17}),
+        (18, {"p0": 18, "p1": 1}),
+    ):
         peer = Peer("aibrix_pd", "p0 p1 d0")
         peer.place_on("p0", requests, "ab")
-        assert costs(peer.place("q", "ab"), Role.PREFILL) == candidates
+        peer.place_on("p1", 1)
+        assert costs(peer.place("q", "ab"), Role.PREFILL) == pytest.approx(candidates)
 
 
 def test_decode_by_requests_throughput_and_room() -> None:
@@ -126,22 +129,29 @@ def test_a_full_pod_is_last() -> None:
 
 
 def test_decode_out_of_balance_by_requests() -> None:
-    peer = Peer("aibrix_pd", "p0 d0 d1")
-    peer.place_on("d0", 17)
-    peer.place_on("d1", 1)
-    decision = peer.place("q")
-    assert costs(decision) == {"d0": 17, "d1": 1}
+    for requests, expected in (
+        (16, {"d0": 16 / 16 + 1, "d1": 1 / 16 + 1}),
+        (17, {"d0": 17, "d1": 1}),
+    ):
+        peer = Peer("aibrix_pd", "p0 d0 d1")
+        peer.place_on("d0", requests)
+        peer.place_on("d1", 1)
+        assert costs(peer.place("q")) == pytest.approx(expected)
 
 
 def test_decode_out_of_balance_by_throughput() -> None:
-    peer = Peer("aibrix_pd", "p0 d0 d1", throughput_spread=50.0)
-    peer.place_on("d0", 4, prompt_tokens=100)
-    peer.place_on("d1", 2, prompt_tokens=100)
-    peer.load("d0", running=4)
-    peer.load("d1", running=2)
-    decision = peer.place("q")
-    assert costs(decision) == pytest.approx({"d0": 4 / 0.022, "d1": 2 / 0.016})
-    assert decision.worker == "d1"
+    # 181.8 and 125 tokens/s.
+    rates = 4 / 0.022, 2 / 0.016
+    for spread, expected in (
+        (56.0, {"d0": rates[0], "d1": rates[1]}),
+        (57.0, {"d0": 4 / 4 + 1 - 1, "d1": 2 / 4 + 1 - rates[1] / rates[0]}),
+    ):
+        peer = Peer("aibrix_pd", "p0 d0 d1", throughput_spread=spread)
+        peer.place_on("d0", 4, prompt_tokens=100)
+        peer.place_on("d1", 2, prompt_tokens=100)
+        peer.load("d0", running=4)
+        peer.load("d1", running=2)
+        assert costs(peer.place("q")) == pytest.approx(expected)
 
 
 def completed(d0: tuple[int, int], d1: tuple[int, int]) -> Peer:

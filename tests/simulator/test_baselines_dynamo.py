@@ -75,6 +75,17 @@ def test_knobs(knobs: dict[str, Any], d0: float, d1: float) -> None:
     assert decision.worker == ("d0" if d0 < d1 else "d1")
 
 
+def test_the_decay_starts_at_the_least_that_waits_anywhere() -> None:
+    peer = Peer("dynamo_kv", "p0 p1 d0", d=1.0)
+    peer.place_on("p0", 1, prompt_tokens=30)
+    peer.place_on("p1", 1, prompt_tokens=10)
+    peer.cached("p0", "ab")
+    peer.cached("p1", "ab")
+    # At p0 f = 1 / (1 + (30 - 10) / 40) = 2/3, at p1 1.
+    expected = {"p0": 7 - 2 * 2 / 3, "p1": 5 - 2}
+    assert costs(peer.place("a", "abcd"), Role.PREFILL) == pytest.approx(expected)
+
+
 def test_a_prefill_worker_first_without_live_blocks() -> None:
     peer = Peer("dynamo_kv", "p0 p1 d0 d1")
     peer.cached("p1", "ab")
@@ -101,6 +112,23 @@ def test_a_decode_worker_once_the_first_token_is_made() -> None:
     peer.first_token("a")
     peer.ended("a")
     assert costs(peer.place("c", "xy", output_tokens=1)) == {"d0": 4 + 2, "d1": 2}
+
+
+@pytest.mark.parametrize("name", ["dynamo_kv", "dynamo_conditional"])
+def test_the_weight_of_requests_holds_for_decode_too(name: str) -> None:
+    peer = Peer(name, "p0 d0 d1", w=3.0)
+    peer.place_on("d0", 2, prompt_tokens=1)
+    decision = peer.place("a", "ab", output_tokens=1)
+    assert costs(decision) == {"d0": 2 + 3 * 2, "d1": 2}
+
+
+@pytest.mark.parametrize(("name", "live"), [("dynamo_kv", 8), ("dynamo_conditional", 4)])
+def test_equal_prompts_that_were_handed_over(name: str, live: int) -> None:
+    """Counted twice, or once where blocks are taken to be shared."""
+    peer = Peer(name, "p0 d0")
+    peer.place("a", "abcd", output_tokens=1)
+    peer.place("b", "abcd", output_tokens=1)
+    assert numbers(peer.place("c", "xy", output_tokens=1), "d0")["live_blocks"] == live + 2
 
 
 def test_an_ended_prompt_waits_no_more() -> None:

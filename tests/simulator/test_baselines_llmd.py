@@ -96,13 +96,17 @@ def test_four_fifths_of_a_prefix_hold_a_request() -> None:
     assert peer.place("b", "abcx").worker == "d1"
 
 
-def test_saturated_it_lets_go() -> None:
-    # The gap is compared in tokens: 18 s of 100 tokens per second.
-    for waiting_tokens, chosen in ((1800, "d0"), (1801, "d1")):
-        peer = Peer("llmd_guide", "d0 d1", tokens_per_s=100.0)
-        peer.cached("d0", "ab")
-        peer.place_on("d0", 1, prompt_tokens=waiting_tokens)
-        assert peer.place("a", "ab").worker == chosen
+@pytest.mark.parametrize(("waiting_tokens", "chosen"), [(1820, "d0"), (1821, "d2")])
+def test_saturated_it_lets_go(waiting_tokens: int, chosen: str) -> None:
+    """The gap between the least loaded with and without is 18 s of 100 tokens per second."""
+    peer = Peer("llmd_guide", "d0 d1 d2 d3", tokens_per_s=100.0)
+    peer.cached("d0", "ab")
+    peer.cached("d1", "ab")
+    peer.place_on("d0", 1, prompt_tokens=waiting_tokens)
+    peer.place_on("d1", 1, prompt_tokens=9000)
+    peer.place_on("d2", 1, prompt_tokens=20)
+    peer.place_on("d3", 1, prompt_tokens=9000)
+    assert peer.place("a", "ab").worker == chosen
 
 
 def test_all_that_hold_the_prefix_are_held_against_each_other() -> None:

@@ -32,6 +32,16 @@ def test_what_waits_wants_blocks() -> None:
     assert decision.worker == "d1"
 
 
+def test_what_waits_counts_as_demand() -> None:
+    peer = Peer("llumnix", "p0 p1 d0")
+    peer.place_on("p0", 1, prompt_tokens=200)
+    peer.load("p0", waiting=2, used=10)
+    peer.load("p1", running=1, used=40)
+    peer.now_s += 1
+    # 10 used and 2 * 20 wanted of 100.
+    assert costs(peer.place("a"), Role.PREFILL) == {"p0": 0.5, "p1": 0.4}
+
+
 def test_freeness_may_be_negative() -> None:
     peer = Peer("llumnix", "d0")
     peer.place_on("d0", 1, prompt_tokens=500)

@@ -17,6 +17,13 @@ def test_a_match_is_followed_though_others_have_less_to_do() -> None:
     }  # fmt: skip
 
 
+def test_only_the_longest_match_counts() -> None:
+    peer = Peer("ray_prefix", "d0 d1 d2")
+    peer.place_on("d0", 1, "ab")
+    peer.place_on("d1", 3, "abc")
+    assert costs(peer.place("q", "abcd")) == {"d1": 3}
+
+
 def test_a_match_of_a_tenth_is_enough() -> None:
     peer = Peer("ray_prefix", "d0 d1")
     first = peer.place("a", "a" + "x" * 4).worker
@@ -51,11 +58,12 @@ def test_by_default_load_is_never_out_of_balance() -> None:
 
 def test_above_the_threshold_power_of_two_decides() -> None:
     peer = Peer("ray_prefix", "d0 d1", imbalanced_threshold=3)
-    peer.place_on("d0", 3, "abc")
+    peer.place_on("d0", 5, "abc")
+    peer.place_on("d1", 2, "x")
     # The difference is 3, which is not more than 3.
     assert peer.place("q", "abc").worker == "d0"
     decision = peer.place("r", "abc")
-    assert costs(decision) == {"d0": 4, "d1": 0}
+    assert costs(decision) == {"d0": 6, "d1": 2}
     assert decision.worker == "d1"
 
 

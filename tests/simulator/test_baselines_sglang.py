@@ -39,6 +39,8 @@ def test_the_last_one_to_use_the_deepest_match_is_taken() -> None:
         (65, 0, "d1"),
         (200, 134, "d0"),
         (200, 133, "d1"),
+        (195, 130, "d0"),
+        (64, 20, "d0"),
     ],
 )
 def test_out_of_balance_the_fewest_in_flight_are_taken(busy: int, idle: int, chosen: str) -> None:
@@ -67,15 +69,24 @@ def test_equals_by_what_they_processed_then_in_order() -> None:
 
 
 def test_every_60_seconds_the_oldest_leaves_are_cut() -> None:
+    for waited_s, share in ((59, 1.0), (60, 0.75)):
+        peer = Peer(NAME, "d0 d1", tree_tokens=30)
+        # The first question cuts what there is: nothing.
+        peer.place_on("d0", 1, "abcd")
+        peer.now_s += waited_s
+        decision = peer.place("q", "abcd")
+        # Of four blocks three are left to d0: the last one went.
+        assert numbers(decision, "d0")["matched_share"] == share
+
+
+def test_what_was_used_last_is_not_cut() -> None:
     peer = Peer(NAME, "d0 d1", tree_tokens=30)
-    peer.place("warm", "z")  # d0; the cut before it finds nothing.
-    peer.place_on("d0", 1, "abc")
-    peer.now_s += 59
-    assert peer.place("a", "abc").worker == "d0"
-    peer.now_s += 1
-    # Of z, a, b and c three are left to d0: z was used first.
-    assert peer.place("b", "abc").worker == "d0"
-    assert peer.place("c", "z").worker == "d1"
+    peer.place_on("d0", 1, "ab")
+    peer.place_on("d0", 1, "xyz")
+    peer.place_on("d0", 2, "ab")
+    peer.now_s += 60
+    assert numbers(peer.place("q", "ab"), "d0")["matched_share"] == 1
+    assert costs(peer.place("r", "xyz"))["d0"] == pytest.approx(-1 / 3)
 
 
 def test_a_last_user_that_is_down_counts_as_no_match() -> None:

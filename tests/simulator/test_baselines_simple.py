@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.spec import SimulatedTiming
 from protos.ids import RequestKey, WorkerId
 from simulator.baselines.counting import Counts, LiveBlocks
 from simulator.baselines.sampling import Sampled
@@ -88,6 +89,13 @@ def test_power_of_two_never_takes_the_most_loaded() -> None:
 )
 def test_predicted_prefill(prompt_tokens: int, cached_tokens: int, expected_s: float) -> None:
     assert setup().prefill_s(prompt_tokens, cached_tokens) == pytest.approx(expected_s)
+
+
+def test_predicted_prefill_attends_to_what_is_cached() -> None:
+    timing = SimulatedTiming(step_base_s=0.0, prefill_token_s=0.0, prefill_pair_s=1e-6)
+    # 150 tokens after 100: 150 * 100 pairs, and half of 150 * 150.
+    predicted_s = setup(timing=timing).prefill_s(250, 100)
+    assert predicted_s == pytest.approx(1e-6 * (15_000 + 11_250))
 
 
 # Counts

@@ -1,0 +1,76 @@
+"""What the simulated comparisons serve: traces from SHARED and synthetic ones, each with its SLOs.
+
+A trace is sped up to the rate that is asked for; seeds cut it at other places, and spread arrivals
+that Mooncake's clock put on a grid of 3 s. SLOs: time to first token leaves room for the longest
+prompts of the trace to be computed alone on one engine; time per output token is faster than people
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from router.core.joint import Slo
+from simulator import traces, workloads
+from simulator.traces import TracedRequest
+
+MOST_REQUESTS: Final = 4000
+"""Of a cut: at high rates the 20 minutes are not filled."""
+CUT_S: Final = 1200.0
+SEEDS: Final = 5
+"""Cuts of one trace, spread over it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One of them."""
+
+    name: str
+    slo: Slo
+    """On the 8B model; the 70B model's are `LARGE` times as long."""
+    start_rps: float
+    """About what 8 GPUs serve of it with the 8B model: where a search begins."""
+    grid_s: float = 0.0
+    """Of the trace's clock."""
+
+    def requests(self, shared: Path, rate_rps: float, seed: int) -> Iterator[TracedRequest]:
+        """At this mean rate, in the order of their arrival."""
+        made = workloads.SYNTHETIC.get(self.name)
+        if made is not None:
+            return islice(made(workloads.Wish(rate_rps, CUT_S, seed)), MOST_REQUESTS)
+        whole = _trace(shared / "traces" / f"{self.name}.jsonl.gz")
+        base_rps = len(whole) / whole[-1].arrival_s
+        skipped = max(0, len(whole) - MOST_REQUESTS) * (seed % SEEDS) // max(1, SEEDS - 1)
+        window = whole[skipped : skipped + MOST_REQUESTS]
+        begin_s = window[0].arrival_s
+        moved = (each._replace(arrival_s=each.arrival_s - begin_s) for each in window)
+        if self.grid_s:
+            moved = workloads.jittered(moved, self.grid_s, seed)
+        return workloads.until(workloads.sped_up(moved, rate_rps / base_rps), CUT_S)
+
+
+LARGE: Final = 2.5
+_LONG: Final = Slo(8.0, 0.1)
+_SHORT: Final = Slo(1.0, 0.05)
+WORKLOADS: Final[dict[str, Workload]] = {
+    each.name: each
+    for each in (
+        Workload("mooncake_conversation", _LONG, 9.0, grid_s=3.0),
+        Workload("prefix-groups", _SHORT, 20.0),
+        Workload("sessions", _SHORT, 60.0),
+        Workload("agents", _SHORT, 30.0),
+        Workload("azure2023_conv", _SHORT, 100.0),
+        Workload("mooncake_arxiv_first1000", _LONG, 12.0, grid_s=3.0),
+        Workload("servegen_m-large_day9_24h", _SHORT, 150.0),
+    )
+}
+
+
+@lru_cache(maxsize=1)
+def _trace(path: Path) -> list[TracedRequest]:
+    return list(traces.read(path))

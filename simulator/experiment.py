@@ -1,0 +1,106 @@
+"""One run: a workload on a cluster with a policy, and what came of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+from engine.latency_model import StepTimes
+from protos.errors import ConfigError
+from protos.ids import WorkerId
+from router.core.joint import JointPlacement, Slo, Weights
+from router.core.placement import Placement
+from simulator.baselines import BASELINES, Setup
+from simulator.cluster import Cluster, Layout
+from simulator.measure import Measurement
+from simulator.traces import TracedRequest
+
+OURS: Final = "baton"
+
+
+def _joint(setup: Setup, slo: Slo) -> Placement:
+    return JointPlacement(
+        setup.rng.randrange, setup.times, setup.max_step_tokens, slo, Weights(**setup.knobs)
+    )
+
+
+def _peer(make: Callable[[Setup], Placement]) -> Callable[[Setup, Slo], Placement]:
+    return lambda setup, slo: make(setup)
+
+
+POLICIES: Final[dict[str, Callable[[Setup, Slo], Placement]]] = {
+    OURS: _joint,
+    **{name: _peer(make) for name, make in BASELINES.items()},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a run."""
+
+    measured: Measurement
+    duration_s: float
+    """Until its last request ended."""
+    prompt_tokens: int
+    computed_tokens: int
+    """Of prompts, and of what was generated before a preemption."""
+    cached_tokens: int
+    """Of prompts, where they were computed."""
+    busy: Mapping[WorkerId, float]
+    """The share of the time in which each worker computed."""
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of prompt tokens that were cached where they were wanted."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+def policy_named(name: str) -> Callable[[Setup, Slo], Placement]:
+    """Raises ConfigError for a name that is none."""
+    made = POLICIES.get(name)
+    if made is None:
+        near = difflib.get_close_matches(name, POLICIES, 1, cutoff=0.0)
+        raise ConfigError(
+            f"there is no policy {name!r}; did you mean {near[0]!r}? "
+            f"There are {', '.join(POLICIES)}"
+        )
+    return made
+
+
+def run(
+    layout: Layout,
+    policy: str,
+    slo: Slo,
+    requests: Iterable[TracedRequest],
+    seed: int = 0,
+    knobs: Mapping[str, float] | None = None,
+    misses_allowed: int | None = None,
+) -> Outcome:
+    """Serve a workload to its end, or until more requests were not served as promised than are
+    allowed. The same arguments give the same outcome."""
+    profile = layout.profile
+    setup = Setup(
+        rng=Random(seed),
+        times=StepTimes(profile.timing(layout.block_tokens)),
+        max_step_tokens=profile.max_step_tokens,
+        max_running_requests=profile.max_running_requests,
+        knobs=knobs or {},
+    )
+    measured = Measurement(slo)
+    cluster = Cluster(layout, policy_named(policy)(setup, slo), measured.observe)
+    if misses_allowed is None:
+        cluster.run(requests)
+    else:
+        cluster.run(requests, lambda: measured.requests - measured.good > misses_allowed)
+    workers = cluster.workers.values()
+    return Outcome(
+        measured=measured,
+        duration_s=cluster.now_s,
+        prompt_tokens=cluster.prompt_tokens,
+        computed_tokens=sum(worker.computed_tokens for worker in workers),
+        cached_tokens=sum(worker.cached_tokens for worker in workers),
+        busy={worker.id: worker.busy_s / max(cluster.now_s, 1e-9) for worker in workers},
+    )
