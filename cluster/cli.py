@@ -90,6 +90,38 @@ def explain(
     _report_errors("explain", work)
 
 
+@app.command()
+def simulate(
+    workload: Annotated[
+        str,
+        typer.Argument(metavar="TRACE", help="A trace file, or e.g. poisson, sessions, agents."),
+    ],
+    gpus: Annotated[int, typer.Option(help="GPUs of the simulated cluster.")] = 8,
+    model: Annotated[str, typer.Option(help="Model and GPUs of an engine.")] = "llama-3.1-8b-h100",
+    prefill: Annotated[int, typer.Option(help="Engines that only compute prompts.")] = 0,
+    policy: Annotated[str, typer.Option(help="Baton's placement, or a peer's.")] = "baton",
+    slo: Annotated[str, typer.Option(help="Time to first token, per output token.")] = "2s,50ms",
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests/s; default: the trace's own.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="So much of it.")] = 20.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of workload and ties.")] = 0,
+    page: Annotated[Path | None, typer.Option("--html", help="Write curves to a page.")] = None,
+) -> None:
+    """Run a trace on a simulated cluster of GPUs."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from simulator.cli import Question
+        from simulator.cli import simulate as run
+
+        question = Question(workload, model, gpus, prefill, policy, slo, rate, minutes, seed, page)
+        run(question, Console(highlight=False))
+
+    _report_errors("simulate", work)
+
+
 @app.command("config")
 def show_config(
     config: ConfigFile = None,

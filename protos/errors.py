@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class BatonError(Exception):
     """Base of what Baton raises on purpose; anything else is a defect."""
@@ -21,3 +24,8 @@ class EngineError(BatonError):
 
 class WorkerLost(BatonError):
     """A worker's process or link is gone."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What was probably meant, for a message."""
+    return difflib.get_close_matches(name, list(known), 1, cutoff=0.0)[0]

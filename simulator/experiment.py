@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Final
 
 from engine.latency_model import StepTimes
-from protos.errors import ConfigError
+from protos.errors import ConfigError, nearest
 from protos.ids import WorkerId
 from router.core.joint import JointPlacement, Slo, Weights
 from router.core.placement import Placement
@@ -62,9 +61,8 @@ def policy_named(name: str) -> Callable[[Setup, Slo], Placement]:
     """Raises ConfigError for a name that is none."""
     made = POLICIES.get(name)
     if made is None:
-        near = difflib.get_close_matches(name, POLICIES, 1, cutoff=0.0)
         raise ConfigError(
-            f"there is no policy {name!r}; did you mean {near[0]!r}? "
+            f"there is no policy {name!r}; did you mean {nearest(name, POLICIES)!r}? "
             f"There are {', '.join(POLICIES)}"
         )
     return made

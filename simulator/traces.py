@@ -20,14 +20,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from reprlib import repr
 from typing import IO, Any, Final, NamedTuple
 
-from protos.errors import BatonError
+from protos.errors import ConfigError
 
 BLOCK_TOKENS: Final = 512
 """Of the prompt, for each of `block_ids`; the last one may stand for fewer."""
@@ -39,7 +39,7 @@ _START_CHARACTERS: Final = 4096
 """Enough to see what a file is."""
 
 
-class TraceError(BatonError):
+class TraceError(ConfigError):
     """A trace that can't be used: names the line, what is wrong, and what is expected."""
 
 
@@ -141,7 +141,9 @@ def _from_json(path: Path, number: int, text: str) -> _Line:
         or not 0 <= time_ms < _NEVER_S * 1000
     ):
         raise _wrong(
-            path, number, f"timestamp is {repr(time_ms)}; it must be milliseconds, 0 or more"
+            path,
+            number,
+            f"timestamp is {reprlib.repr(time_ms)}; it must be milliseconds, 0 or more",
         )
     input_tokens = _count(path, number, "input_length", entry.get("input_length"))
     output_tokens = _count(path, number, "output_length", entry.get("output_length"))
@@ -169,9 +171,9 @@ def _from_azure(path: Path, number: int, cells: Mapping[str, str]) -> _Line:
         time = datetime.fromisoformat(text)
     except ValueError:
         raise _wrong(
-            path, number, f"TIMESTAMP is {repr(text)}; it must be a date and time"
+            path, number, f"TIMESTAMP is {reprlib.repr(text)}; it must be a date and time"
         ) from None
-    # Without a zone it is one without leaps.
+    # Azure's times are UTC and do not say so; local time would jump twice a year.
     time_s = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
     return _Line(
         number,
@@ -190,7 +192,9 @@ def _from_burstgpt(path: Path, number: int, cells: Mapping[str, str]) -> _Line |
     except ValueError:
         time_s = -1.0
     if not 0 <= time_s < _NEVER_S:
-        raise _wrong(path, number, f"Timestamp is {repr(text)}; it must be seconds, 0 or more")
+        raise _wrong(
+            path, number, f"Timestamp is {reprlib.repr(text)}; it must be seconds, 0 or more"
+        )
     if cells["Response tokens"].strip() == "0":
         return None
     return _Line(
@@ -224,12 +228,12 @@ def _cell_count(path: Path, number: int, name: str, cells: Mapping[str, str]) ->
 
 
 def _count(path: Path, number: int, name: str, given: Any) -> int:
-    value = given
-    if type(value) is not int or value < 1:
+    if type(given) is not int or given < 1:
         raise _wrong(
-            path, number, f"{name} is {repr(given)}; it must be a whole number of tokens, 1 or more"
+            path, number,
+            f"{name} is {reprlib.repr(given)}; it must be a whole number of tokens, 1 or more",
         )  # fmt: skip
-    return value
+    return given
 
 
 def _wrong(path: Path, number: int, what: str) -> TraceError:

@@ -75,6 +75,7 @@ class SimulatedCore:
         # In the order of expiry, since all leases are of one length.
         self._pinned: dict[str, _Pin] = {}
         self._work: Work | None = None
+        self._steps_taken = 1
         # What the next step tells besides its work.
         self._ended: list[EngineOutput] = []
         self._load_changed = False
@@ -144,6 +145,7 @@ class SimulatedCore:
         """The step under way stands for so many, at most its plan's `steady_steps`: all but the
         last are over."""
         assert self._work is not None, "no step was started"
+        self._steps_taken = steps
         for request, _ in self._work.items:
             request.computed_tokens += steps - 1
             request.known_tokens += steps - 1
@@ -170,12 +172,12 @@ class SimulatedCore:
             waiting=len(self._requests) - self._scheduler.running,
             kv_blocks_used=self._pool.used_blocks,
             kv_blocks_total=self._pool.blocks_total,
-            step_time_s=now_s - previous_s,
+            step_time_s=(now_s - previous_s) / self._steps_taken,
         )
         step = EngineStep(
             outputs, load, {name: float(n) for name, n in self._counters.items() if n}
         )
-        self._work, self._ended, self._load_changed = None, [], False
+        self._work, self._ended, self._load_changed, self._steps_taken = None, [], False, 1
         self._counters.clear()
         self._previous_finish_s = now_s
         return step

@@ -6,14 +6,13 @@ simulated engine's own step times, so its predictions are as good as they can be
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
 from engine.latency_model import StepTimes, StepWork
-from protos.errors import ConfigError
+from protos.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,5 +51,5 @@ class Setup:
 def _unknown(name: str, defaults: Mapping[str, float]) -> str:
     if not defaults:
         return f"unknown knob {name}: this policy has no knobs; leave it out"
-    nearest = difflib.get_close_matches(name, defaults, 1, cutoff=0.0)[0]
-    return f"unknown knob {name}: did you mean {nearest}? There are {', '.join(defaults)}"
+    meant = nearest(name, defaults)
+    return f"unknown knob {name}: did you mean {meant}? There are {', '.join(defaults)}"

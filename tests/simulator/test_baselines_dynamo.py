@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -163,6 +164,7 @@ def test_little_that_is_new_is_computed_on_the_decode_worker() -> None:
         ("abc", "abcdefghij", 2048.0, False),
         ("abcd", "abcdefghij", 2048.0, True),
         ("", "abcd", 2048.0, False),
+        ("abcd", "abcdefghij", math.inf, True),
     ],
 )
 def test_both_bounds_must_hold(cached: str, prompt: str, local_tokens: float, local: bool) -> None:

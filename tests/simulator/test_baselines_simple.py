@@ -111,6 +111,7 @@ def test_counts_of_a_split_request() -> None:
     counts.first_token(A)
     assert (there.in_flight, there.uncached_tokens, there.context_tokens) == (0, 0, 0)
     assert counts.at(D0).in_flight == 1
+    assert not counts.idle
     assert counts.ended(A) == D0
     assert counts.idle
 
@@ -147,6 +148,7 @@ def test_live_blocks_are_counted_once_where_they_are_shared() -> None:
     live.ended(A)
     assert live.on_each(both) == [3 + 2, 0]
     assert live.shared_with_each(both, addresses("abc")) == [2, 0]
+    assert not live.idle
     live.ended(B)
     assert live.idle
 
