@@ -66,6 +66,8 @@ class _Part:
     """When its prompt should be computed there; 0 if it is not to be."""
     context_tokens: float = 0.0
     """What it adds to each decode step there; 0 if it does not decode there."""
+    coming_tokens: int = 0
+    """Of its KV state that is not there yet, and not in the worker's reports."""
 
 
 @dataclass(slots=True)
@@ -87,6 +89,7 @@ class Forecast:
     """In the order in which they will be computed."""
     decodes: int = 0
     context_tokens: float = 0.0
+    coming_tokens: int = 0
     _prefill_load_s: float = 0.0
     _load_at_s: float = 0.0
 
@@ -181,11 +184,14 @@ class JointPlacement:
         placed = self._placed.get(key)
         if placed is None:
             return
-        for part in placed.parts:
-            if part.due_s:
-                self._forecasts[part.worker].end_prefill(now_s, key, computed=True)
-                self._ahead.remove(part.worker, placed.addresses)
-                part.due_s = 0.0
+        computed = placed.parts[0]
+        if computed.due_s:
+            self._forecasts[computed.worker].end_prefill(now_s, key, computed=True)
+            self._ahead.remove(computed.worker, placed.addresses)
+            computed.due_s = 0.0
+            self._has_come(computed)
+        else:
+            self._has_come(placed.parts[-1])
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
@@ -199,9 +205,14 @@ class JointPlacement:
             if part.due_s:
                 forecast.end_prefill(now_s, key, computed=False)
                 self._ahead.remove(part.worker, placed.addresses)
+            self._has_come(part)
             if part.context_tokens:
                 forecast.decodes -= 1
                 forecast.context_tokens -= part.context_tokens
+
+    def _has_come(self, part: _Part) -> None:
+        self._forecasts[part.worker].coming_tokens -= part.coming_tokens
+        part.coming_tokens = 0
 
     # What is predicted
 
@@ -297,9 +308,14 @@ class JointPlacement:
         return Candidate(worker.id, Role.DECODE, cost, (cached, queue_s, prefill_s, ttft_s, tpot_s))
 
     def _crowding(self, ask: _Asked, worker: Worker, forecast: Forecast) -> float:
-        """What it costs that its KV cache has no room: requests wait for others to end."""
-        capacity = worker.kv_blocks_total * worker.block_size_tokens
-        use = (forecast.context_tokens + ask.context_tokens) / max(1, capacity)
+        """What it costs that its KV cache has no room: requests wait for others to end.
+
+        What is there is reported, so that what requests share counts once.
+        """
+        load = worker.load
+        coming_tokens = forecast.coming_tokens + ask.tokens - ask.held.get(worker.id, 0)
+        blocks = load.kv_blocks_used + coming_tokens / worker.block_size_tokens
+        use = blocks / max(1, worker.kv_blocks_total)
         return (forecast.decodes + 1) * max(0.0, use - _FULL) * _FULL_COST
 
     def _hurt(self, share: float) -> float:
@@ -343,6 +359,9 @@ class JointPlacement:
         )
         self._ahead.store(computes.worker, shape.addresses)
         parts = [decoding] if first is None else [computing, decoding]
+        for part in parts:
+            part.coming_tokens = ask.tokens - ask.held.get(part.worker, 0)
+            self._forecasts[part.worker].coming_tokens += part.coming_tokens
         self._placed[key] = _Placed(shape.kind, tuple(shape.addresses), parts)
 
 
