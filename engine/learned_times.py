@@ -1,7 +1,7 @@
 """The engine model corrected by what engines do: pure, and it knows its own error.
 
 A profile says how a time depends on the work; the engines at hand say by what factor it is off.
-Factors are tracked as exponentially weighted means and variances of logarithms (West 1979, the
+It is tracked as exponentially weighted mean and variance of its logarithm (West 1979, the
 incremental form), so that a time twice too long and one half too short weigh the same, and a
 prediction's spread is a factor too.
 """
@@ -9,7 +9,7 @@ prediction's spread is a factor too.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 WEIGHT: Final = 0.05
@@ -54,12 +54,3 @@ class Factor:
         self.log_mean += weight * error
         if self.observations > 1:
             self.log_variance = (1 - weight) * (self.log_variance + weight * error * error)
-
-
-@dataclass(slots=True)
-class LearnedTimes:
-    """One kind of engine's factors."""
-
-    prefill: Factor = field(default_factory=Factor)
-    decode: Factor = field(default_factory=Factor)
-    transfer: Factor = field(default_factory=Factor)

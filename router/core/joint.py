@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from engine.latency_model import StepTimes
-from engine.learned_times import LearnedTimes
+from engine.learned_times import Factor
 from kvstore.index import KvIndex
 from protos.ids import RequestKey, WorkerId
 from router.core.events import Role, Shape
@@ -62,6 +62,7 @@ class _Part:
 
     worker: WorkerId
     prefill_s: float = 0.0
+    placed_s: float = 0.0
     due_s: float = 0.0
     """When its prompt should be computed there; 0 if it is not to be."""
     context_tokens: float = 0.0
@@ -80,6 +81,26 @@ class _Placed:
 
 
 @dataclass(slots=True)
+class _Done:
+    """Prompts that one step completed: how long they took, and how long they should have."""
+
+    at_s: float = 0.0
+    measured_s: float = 0.0
+    predicted_s: float = 0.0
+
+    def add(self, now_s: float, part: _Part, factor: Factor) -> None:
+        """One more. With the first of the next step, this step's are compared."""
+        # What the factor says by now was part of the prediction.
+        predicted_s = part.prefill_s / factor.value
+        if now_s == self.at_s:
+            self.predicted_s += predicted_s
+            return
+        factor.observe(self.measured_s, self.predicted_s)
+        self.measured_s = now_s - max(part.placed_s, self.at_s)
+        self.at_s, self.predicted_s = now_s, predicted_s
+
+
+@dataclass(slots=True)
 class Forecast:
     """One worker, as this policy's decisions make it."""
 
@@ -90,6 +111,7 @@ class Forecast:
     decodes: int = 0
     context_tokens: float = 0.0
     coming_tokens: int = 0
+    done: _Done = field(default_factory=lambda: _Done())
     _prefill_load_s: float = 0.0
     _load_at_s: float = 0.0
 
@@ -138,7 +160,8 @@ class JointPlacement:
         self._max_step_tokens = max_step_tokens
         self._slo = slo
         self._weights = weights
-        self._learned = LearnedTimes()
+        self.prefill_factor = Factor()
+        """By which prompts take longer than the profile says."""
         self._lengths = OutputLengths()
         self._forecasts: dict[WorkerId, Forecast] = {}
         self._placed: dict[RequestKey, _Placed] = {}
@@ -186,7 +209,9 @@ class JointPlacement:
             return
         computed = placed.parts[0]
         if computed.due_s:
-            self._forecasts[computed.worker].end_prefill(now_s, key, computed=True)
+            forecast = self._forecasts[computed.worker]
+            forecast.end_prefill(now_s, key, computed=True)
+            forecast.done.add(now_s, computed, self.prefill_factor)
             self._ahead.remove(computed.worker, placed.addresses)
             computed.due_s = 0.0
             self._has_come(computed)
@@ -238,13 +263,13 @@ class JointPlacement:
         timing = self._times.timing
         room = max(1, self._max_step_tokens - forecast.decodes)
         steps = -(-tokens // room)
-        return self._learned.prefill.value * (
+        return self.prefill_factor.value * (
             tokens * timing.prefill_token_s + tokens * (cached + tokens / 2) * timing.prefill_pair_s
         ) + steps * self._step_s(forecast.decodes, forecast.context_tokens)
 
     def _step_s(self, requests: int, context_tokens: float) -> float:
         timing = self._times.timing
-        return self._learned.decode.value * (
+        return (
             timing.step_base_s
             + requests * timing.decode_request_s
             + context_tokens * timing.decode_context_token_s
@@ -290,7 +315,7 @@ class JointPlacement:
         forecast = self._forecast(worker)
         cached = ask.held.get(worker.id, 0)
         blocks = (ask.tokens - cached) / worker.block_size_tokens
-        transfer_s = self._learned.transfer.value * blocks * self._times.timing.transfer_block_s
+        transfer_s = blocks * self._times.timing.transfer_block_s
         tpot_s = self._tpot_s(ask, forecast, 0.0) + transfer_s / ask.length_tokens
         cost = self._hurt_beside(ask, forecast, tpot_s) + self._crowding(ask, worker, forecast)
         return Candidate(worker.id, Role.DECODE, cost, (cached, 0.0, 0.0, transfer_s, tpot_s))
@@ -353,7 +378,7 @@ class JointPlacement:
         forecast.decodes += 1
         forecast.context_tokens += ask.context_tokens
         computing = decoding if first is None else _Part(first.worker)
-        computing.prefill_s = computes.numbers[2]
+        computing.placed_s, computing.prefill_s = ask.now_s, computes.numbers[2]
         self._forecasts[computes.worker].add_prefill(
             ask.now_s, key, computing, self._weights.share_window_s
         )
