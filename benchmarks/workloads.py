@@ -19,8 +19,6 @@ from router.core.joint import Slo
 from simulator import traces, workloads
 from simulator.traces import TracedRequest
 
-MOST_REQUESTS: Final = 4000
-"""Of a cut: at high rates the 20 minutes are not filled."""
 CUT_S: Final = 1200.0
 SEEDS: Final = 5
 """Cuts of one trace, spread over it."""
@@ -37,16 +35,18 @@ class Workload:
     """About what 8 GPUs serve of it with the 8B model: where a search begins."""
     grid_s: float = 0.0
     """Of the trace's clock."""
+    most_requests: int = 4000
+    """Of a cut: at high rates the 20 minutes are not filled."""
 
     def requests(self, shared: Path, rate_rps: float, seed: int) -> Iterator[TracedRequest]:
         """At this mean rate, in the order of their arrival."""
         made = workloads.SYNTHETIC.get(self.name)
         if made is not None:
-            return islice(made(workloads.Wish(rate_rps, CUT_S, seed)), MOST_REQUESTS)
+            return islice(made(workloads.Wish(rate_rps, CUT_S, seed)), self.most_requests)
         whole = _trace(shared / "traces" / f"{self.name}.jsonl.gz")
         base_rps = len(whole) / whole[-1].arrival_s
-        skipped = max(0, len(whole) - MOST_REQUESTS) * (seed % SEEDS) // max(1, SEEDS - 1)
-        window = whole[skipped : skipped + MOST_REQUESTS]
+        skipped = max(0, len(whole) - self.most_requests) * (seed % SEEDS) // max(1, SEEDS - 1)
+        window = whole[skipped : skipped + self.most_requests]
         begin_s = window[0].arrival_s
         moved = (each._replace(arrival_s=each.arrival_s - begin_s) for each in window)
         if self.grid_s:
@@ -62,8 +62,9 @@ WORKLOADS: Final[dict[str, Workload]] = {
     for each in (
         Workload("mooncake_conversation", _LONG, 9.0, grid_s=3.0),
         Workload("prefix-groups", _SHORT, 20.0),
-        Workload("sessions", _SHORT, 60.0),
-        Workload("agents", _SHORT, 30.0),
+        Workload("bursty", _SHORT, 90.0),
+        # Long enough for most of its requests to come once as many chains end as begin.
+        Workload("agents", _SHORT, 60.0, most_requests=10_000),
         Workload("azure2023_conv", _SHORT, 100.0),
         Workload("mooncake_arxiv_first1000", _LONG, 12.0, grid_s=3.0),
         Workload("servegen_m-large_day9_24h", _SHORT, 150.0),

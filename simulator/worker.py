@@ -177,6 +177,12 @@ class SimulatedWorker:
         reports = [self._report(output) for output in done.outputs]
         return StepReported(self.id, INCARNATION, reports, done.load), self._cache_change()
 
+    def check_idle(self) -> None:
+        """Assert that nothing is left of all that was served."""
+        self._engine.check_integrity()
+        assert not self._attempts
+        assert self._steps is None
+
     def _interrupt(self, now_s: float) -> None:
         """Of several steps, those that have not begun are not taken as they were planned."""
         steps = self._steps

@@ -163,7 +163,7 @@ class JointPlacement:
         self.prefill_factor = Factor()
         """By which prompts take longer than the profile says."""
         self._lengths = OutputLengths()
-        self._forecasts: dict[WorkerId, Forecast] = {}
+        self.forecasts: dict[WorkerId, Forecast] = {}
         self._placed: dict[RequestKey, _Placed] = {}
         self._ahead = KvIndex(AHEAD_ENTRIES)
         """Who will hold which prompts' blocks once they are computed."""
@@ -209,7 +209,7 @@ class JointPlacement:
             return
         computed = placed.parts[0]
         if computed.due_s:
-            forecast = self._forecasts[computed.worker]
+            forecast = self.forecasts[computed.worker]
             forecast.end_prefill(now_s, key, computed=True)
             forecast.done.add(now_s, computed, self.prefill_factor)
             self._ahead.remove(computed.worker, placed.addresses)
@@ -226,7 +226,7 @@ class JointPlacement:
         if output_tokens is not None:
             self._lengths.observe(placed.kind, output_tokens)
         for part in placed.parts:
-            forecast = self._forecasts[part.worker]
+            forecast = self.forecasts[part.worker]
             if part.due_s:
                 forecast.end_prefill(now_s, key, computed=False)
                 self._ahead.remove(part.worker, placed.addresses)
@@ -236,7 +236,7 @@ class JointPlacement:
                 forecast.context_tokens -= part.context_tokens
 
     def _has_come(self, part: _Part) -> None:
-        self._forecasts[part.worker].coming_tokens -= part.coming_tokens
+        self.forecasts[part.worker].coming_tokens -= part.coming_tokens
         part.coming_tokens = 0
 
     # What is predicted
@@ -253,9 +253,9 @@ class JointPlacement:
         }
 
     def _forecast(self, worker: Worker) -> Forecast:
-        forecast = self._forecasts.get(worker.id)
+        forecast = self.forecasts.get(worker.id)
         if forecast is None:
-            forecast = self._forecasts[worker.id] = Forecast()
+            forecast = self.forecasts[worker.id] = Forecast()
         return forecast
 
     def _prefill_s(self, tokens: int, cached: int, forecast: Forecast) -> float:
@@ -374,19 +374,19 @@ class JointPlacement:
         computes = first or chosen
         shape = ask.shape
         decoding = _Part(chosen.worker, context_tokens=ask.context_tokens)
-        forecast = self._forecasts[chosen.worker]
+        forecast = self.forecasts[chosen.worker]
         forecast.decodes += 1
         forecast.context_tokens += ask.context_tokens
         computing = decoding if first is None else _Part(first.worker)
         computing.placed_s, computing.prefill_s = ask.now_s, computes.numbers[2]
-        self._forecasts[computes.worker].add_prefill(
+        self.forecasts[computes.worker].add_prefill(
             ask.now_s, key, computing, self._weights.share_window_s
         )
         self._ahead.store(computes.worker, shape.addresses)
         parts = [decoding] if first is None else [computing, decoding]
         for part in parts:
             part.coming_tokens = ask.tokens - ask.held.get(part.worker, 0)
-            self._forecasts[part.worker].coming_tokens += part.coming_tokens
+            self.forecasts[part.worker].coming_tokens += part.coming_tokens
         self._placed[key] = _Placed(shape.kind, tuple(shape.addresses), parts)
 
 

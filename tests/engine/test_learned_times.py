@@ -1,0 +1,55 @@
+"""The factor between measured and predicted times."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.learned_times import FIRST_SPREAD, LARGEST_FACTOR, Factor
+
+
+def test_nothing_seen_is_the_profile_and_its_error() -> None:
+    factor = Factor()
+    assert (factor.value, factor.spread) == (1.0, pytest.approx(FIRST_SPREAD))
+
+
+def test_the_first_observation_replaces_a_wrong_profile() -> None:
+    factor = Factor()
+    factor.observe(5.0, 0.01)
+    assert factor.value == pytest.approx(500)
+
+
+@given(st.floats(0.01, 100), st.integers(0, 1000))
+def test_it_finds_the_factor_and_its_spread(true: float, seed: int) -> None:
+    rng = random.Random(seed)
+    factor = Factor()
+    for _ in range(600):
+        factor.observe(true * rng.lognormvariate(0, 0.3), 1.0)
+    assert factor.value == pytest.approx(true, rel=0.35)
+    assert factor.spread == pytest.approx(0.3, rel=0.6)
+    assert factor.quantile(-1.0) < factor.value < factor.quantile(1.0)
+
+
+def test_it_follows_a_change() -> None:
+    factor = Factor()
+    for _ in range(100):
+        factor.observe(1.0, 1.0)
+    for _ in range(100):
+        factor.observe(2.0, 1.0)
+    assert factor.value == pytest.approx(2.0, rel=0.02)
+
+
+@pytest.mark.parametrize(("measured_s", "predicted_s"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0)])
+def test_what_says_nothing_changes_nothing(measured_s: float, predicted_s: float) -> None:
+    factor = Factor()
+    factor.observe(measured_s, predicted_s)
+    assert factor == Factor()
+
+
+def test_one_absurd_observation_is_bounded() -> None:
+    factor = Factor()
+    factor.observe(1e9, 1e-9)
+    assert factor.value == pytest.approx(LARGEST_FACTOR)

@@ -1,0 +1,249 @@
+"""Joint placement: what it prefers, what it counts, and that it counts everything back."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.base import EngineLoad
+from engine.latency_model import StepTimes
+from engine.spec import SimulatedTiming
+from kvstore.index import KvIndex
+from protos.enginecore import ENGINE_TAG
+from protos.ids import Incarnation, RequestKey, WorkerId
+from router.core.events import Role, Shape, WorkerUp
+from router.core.joint import Forecast, JointPlacement, Slo
+from router.core.placement import Decision, Reason, View
+from router.core.workers import WorkerPool
+
+BLOCK_TOKENS = 128
+TIMING = SimulatedTiming(
+    step_base_s=0.006,
+    prefill_token_s=20e-6,
+    prefill_pair_s=1e-9,
+    decode_request_s=13e-6,
+    decode_context_token_s=43e-9,
+    transfer_block_s=0.4e-3,
+)
+SLO = Slo(ttft_s=2.0, tpot_s=0.05)
+
+
+class Bench:
+    """A policy, the workers that it sees and their caches."""
+
+    def __init__(self, *names: str, slo: Slo = SLO, tie: int = 0) -> None:
+        self.pool = WorkerPool()
+        for name in names:
+            role = Role.PREFILL if name[0] == "p" else Role.DECODE
+            self.pool.attach(
+                WorkerUp(
+                    WorkerId(name), Incarnation(1), role, ENGINE_TAG, BLOCK_TOKENS, 3000, 131_072
+                )
+            )
+        self.index = KvIndex(100_000)
+        self.view = View(self.pool, self.index, BLOCK_TOKENS, True, 0)
+        self.policy = JointPlacement(lambda n: tie % n, StepTimes(TIMING), 8192, slo)
+        self.now_s = 100.0
+        self._made = 0
+
+    def place(self, tokens: int = 1280, prefix: int = 0, **more: object) -> Decision:
+        self._made += 1
+        shape = Shape(tokens, None, addresses=addresses(prefix, tokens), **more)  # type: ignore[arg-type]
+        decision = self.policy.place(self.now_s, self.view, self.key(self._made), shape)
+        assert decision is not None
+        return decision
+
+    def key(self, number: int) -> RequestKey:
+        return RequestKey(f"0:{number}")
+
+    def first_token(self, number: int) -> None:
+        self.policy.first_token(self.now_s, self.key(number))
+
+    def ended(self, number: int, output_tokens: int | None = 100) -> None:
+        self.policy.ended(self.now_s, self.key(number), output_tokens)
+
+
+def addresses(prefix: int, tokens: int) -> list[bytes]:
+    return [f"{prefix}/{n}".encode() for n in range(tokens // BLOCK_TOKENS)]
+
+
+def predicted(decision: Decision, worker: str, role: Role = Role.DECODE) -> dict[str, float]:
+    (found,) = [each for each in decision.candidates if (each.worker, each.role) == (worker, role)]
+    return dict(zip(decision.compared, found.numbers, strict=True))
+
+
+def test_an_idle_worker_is_predicted_by_the_profile() -> None:
+    decision = Bench("d1").place(tokens=1280)
+    numbers = predicted(decision, "d1")
+    prefill_s = 1280 * 20e-6 + 1280 * 640 * 1e-9 + 0.006
+    assert numbers["ttft_s"] == pytest.approx(prefill_s)
+    assert numbers["queue_s"] == 0
+    # One decode of the prompt and half of the 256 tokens that are expected, beside its prompt's
+    # share of 10 s.
+    step_s = 0.006 + 13e-6 + (1280 + 128) * 43e-9
+    assert numbers["tpot_s"] == pytest.approx(step_s / (1 - prefill_s / 10))
+
+
+def test_what_waits_is_waited_for_and_shrinks_with_time() -> None:
+    bench = Bench("d1")
+    first_s = predicted(bench.place(tokens=12_800), "d1")["ttft_s"]
+    bench.now_s += first_s / 4
+    queue_s = predicted(bench.place(), "d1")["queue_s"]
+    assert queue_s == pytest.approx(first_s * 3 / 4)
+
+
+def test_an_overdue_prompt_is_taken_to_end_now() -> None:
+    bench = Bench("d1")
+    bench.place(tokens=12_800)
+    bench.now_s += 60
+    assert predicted(bench.place(), "d1")["queue_s"] == 0
+
+
+def test_first_tokens_move_what_waits_behind() -> None:
+    bench = Bench("d1")
+    first_s = predicted(bench.place(tokens=12_800), "d1")["ttft_s"]
+    second = predicted(bench.place(tokens=12_800), "d1")
+    bench.now_s += first_s / 2  # Twice as fast as predicted.
+    bench.first_token(1)
+    queue_s = predicted(bench.place(), "d1")["queue_s"]
+    assert queue_s == pytest.approx(second["prefill_s"], rel=0.01)
+
+
+def test_load_spreads() -> None:
+    bench = Bench("d1", "d2", "d3")
+    chosen = {bench.place(prefix=number).worker for number in range(3)}
+    assert chosen == {"d1", "d2", "d3"}
+
+
+def test_a_prompt_goes_where_its_beginning_is() -> None:
+    bench = Bench("d1", "d2", "d3")
+    bench.index.store("d2", addresses(7, 12_800))
+    decision = bench.place(tokens=12_800, prefix=7)
+    assert decision.worker == "d2"
+    # The last token has to be computed whatever is cached.
+    assert predicted(decision, "d2")["cached_tokens"] == 12_799
+
+
+def test_a_prompt_follows_one_that_is_still_being_computed() -> None:
+    bench = Bench("d1", "d2", "d3", tie=1)
+    before = bench.place(tokens=12_800, prefix=7).worker
+    assert bench.place(tokens=12_800, prefix=7).worker == before
+    bench.ended(1, None)
+    bench.ended(2, None)
+    assert predicted(bench.place(tokens=12_800, prefix=7), before or "")["cached_tokens"] == 0
+
+
+def test_a_hot_prefix_is_replicated_before_it_melts_its_worker() -> None:
+    bench = Bench("d1", "d2", "d3")
+    bench.index.store("d1", addresses(7, 6400))
+    chosen = []
+    for _ in range(400):
+        chosen.append(bench.place(tokens=6400, prefix=7).worker)
+        bench.now_s += 0.002
+    assert chosen[:5] == ["d1"] * 5
+    assert set(chosen) == {"d1", "d2", "d3"}
+
+
+def test_a_long_prompt_is_kept_from_those_who_decode() -> None:
+    bench = Bench("p1", "d1", slo=Slo(ttft_s=8.0, tpot_s=0.03))
+    for number in range(40):
+        bench.place(tokens=2560, prefix=number)
+        bench.now_s += 0.2
+        bench.first_token(number + 1)
+    decision = bench.place(tokens=25_600, prefix=99)
+    assert (decision.reason, decision.prefill, decision.worker) == (Reason.LONG_PROMPT, "p1", "d1")
+
+
+def test_a_prompt_that_is_cached_where_it_decodes_stays_there() -> None:
+    bench = Bench("p1", "d1")
+    bench.index.store("d1", addresses(7, 2560))
+    decision = bench.place(tokens=2560, prefix=7)
+    assert (decision.reason, decision.prefill, decision.worker) == (Reason.SHORT_PROMPT, None, "d1")
+
+
+def test_a_full_cache_is_avoided_and_shared_blocks_count_once() -> None:
+    bench = Bench("d1", "d2", tie=0)
+    full = bench.pool.get(WorkerId("d1"))
+    assert full is not None
+    full.load = EngineLoad(running=1, kv_blocks_used=2990, kv_blocks_total=3000)
+    assert {bench.place(prefix=number).worker for number in range(10)} == {"d2"}
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "reason"),
+    [
+        (("d1",), {}, Reason.PREFILL_DOWN),
+        (("p1",), {}, Reason.DECODE_DOWN),
+        (("p1", "d1"), {"prompt_logprobs": True}, Reason.PROMPT_LOGPROBS),
+        (("p1", "d1"), {"output_tokens": 3}, Reason.RESUME),
+    ],
+)
+def test_what_is_never_split(
+    names: tuple[str, ...], shape: dict[str, object], reason: Reason
+) -> None:
+    decision = Bench(*names).place(**shape)  # type: ignore[arg-type]
+    assert (decision.reason, decision.prefill) == (reason, None)
+
+
+def test_nobody_is_nobody() -> None:
+    bench = Bench()
+    shape = Shape(10, None)
+    assert bench.policy.place(1.0, bench.view, RequestKey("0:a"), shape) is None
+
+
+def test_equals_are_told_apart_by_the_generator() -> None:
+    assert [Bench("d1", "d2", tie=tie).place().worker for tie in (0, 1)] == ["d1", "d2"]
+
+
+def test_lengths_are_learned_from_whole_outputs() -> None:
+    bench = Bench("d1")
+    for number in range(1, 200):
+        bench.place(tokens=128, kind="tools")
+        bench.first_token(number)
+        bench.ended(number, 10 if number % 2 else None)
+    share = predicted(bench.place(tokens=12_800, kind="tools"), "d1")["tpot_s"]
+    other = predicted(bench.place(tokens=12_800, kind="chat"), "d1")["tpot_s"]
+    assert share < other
+
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["place", "first", "end", "lose"]),
+        st.integers(1, 30),
+        st.integers(1, 20_000),
+    ),
+    max_size=120,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(events, st.sampled_from([("d1", "d2"), ("p1", "p2", "d1")]))
+def test_all_that_is_counted_goes_when_all_have_ended(
+    story: list[tuple[str, int, int]], names: tuple[str, ...]
+) -> None:
+    bench = Bench(*names)
+    rng = Random(len(story))
+    for what, number, tokens in story:
+        bench.now_s += rng.random()
+        if what == "place":
+            decision = bench.place(tokens, prefix=number % 3)
+            assert {decision.worker, decision.prefill} - {None} <= set(names)
+        elif what == "first":
+            bench.first_token(number)
+        else:
+            bench.ended(number, 5 if what == "end" else None)
+    for number in range(1, 130):
+        bench.ended(number, None)
+    for forecast in bench.policy.forecasts.values():
+        assert (forecast.decodes, forecast.coming_tokens, forecast.prefills) == (0, 0, {})
+        assert forecast.context_tokens == pytest.approx(0, abs=1e-6)
+        assert forecast.queue_s(bench.now_s) == 0
+
+
+def test_a_share_decays_over_its_window() -> None:
+    forecast = Forecast()
+    assert forecast.prefill_share(0.0, 10.0, more_s=5.0) == pytest.approx(0.5)
+    assert forecast.prefill_share(0.0, 10.0, more_s=100.0) == 0.95

@@ -1,0 +1,127 @@
+"""The simulated cluster: whole, repeatable, and not changed by taking steps many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.latency_model import StepTimes
+from engine.simulated.scheduler import Scheduler
+from router.core.events import End, Ended
+from router.core.joint import Slo
+from router.core.placement import Placement
+from simulator import workloads
+from simulator.baselines import BASELINES, Setup
+from simulator.cluster import Cluster, Layout
+from simulator.experiment import POLICIES, run
+from simulator.profiles import PROFILES
+from simulator.traces import TracedRequest
+
+PROFILE = PROFILES["llama-3.1-8b-h100"]
+SLO = Slo(2.0, 0.05)
+LAYOUTS = [Layout(PROFILE, 0, 2), Layout(PROFILE, 1, 1), Layout(PROFILE, 2, 2, block_tokens=128)]
+
+
+def unaware() -> Placement:
+    """Sees nothing of the load, which is reported less often where steps are taken at once."""
+    setup = Setup(Random(1), StepTimes(PROFILE.timing(512)), 8192, 1024)
+    return BASELINES["round_robin"](setup)
+
+
+def serve(layout: Layout, requests: list[TracedRequest]) -> list[Ended]:
+    ends: list[Ended] = []
+    cluster = Cluster(layout, unaware(), ends.append)
+    cluster.run(requests)
+    cluster.router.check_integrity()
+    for worker in cluster.workers.values():
+        worker.check_idle()
+    return ends
+
+
+def some(count: int = 150, rate_rps: float = 8.0) -> list[TracedRequest]:
+    return list(islice(workloads.agents(workloads.Wish(rate_rps, 600.0, 1)), count))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_are_served_and_nothing_is_left(layout: Layout) -> None:
+    requests = some()
+    ends = serve(layout, requests)
+    assert [each.end for each in ends] == [End.COMPLETE] * len(requests)
+    wanted = sorted(each.output_tokens for each in requests)
+    assert sorted(each.output_tokens for each in ends) == wanted
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_seed_gives_the_same_run(policy: str) -> None:
+    first, second = (run(LAYOUTS[2], policy, SLO, some(60), seed=5) for _ in range(2))
+    assert first == second
+    assert first.measured.requests == 60
+
+
+def one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "steady_steps", lambda self, work: 1)
+
+
+requests_strategy = st.lists(
+    st.tuples(st.floats(0, 2), st.integers(1, 20_000), st.integers(1, 300), st.integers(0, 3)),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(requests_strategy, st.sampled_from(LAYOUTS))
+def test_steps_taken_at_once_are_the_same_steps(
+    asked: list[tuple[float, int, int, int]], layout: Layout
+) -> None:
+    requests = list(traced(asked))
+    at_once = serve(layout, requests)
+    with pytest.MonkeyPatch.context() as patch:
+        one_step_at_a_time(patch)
+        one_by_one = serve(layout, requests)
+    assert [each.key for each in at_once] == [each.key for each in one_by_one]
+    for ours, theirs in zip(at_once, one_by_one, strict=True):
+        assert ours.output_tokens == theirs.output_tokens
+        for name in ("time_to_first_token_s", "duration_s", "time_per_output_token_s"):
+            here, there = getattr(ours, name), getattr(theirs, name)
+            assert here == there or here == pytest.approx(there, rel=1e-6, abs=1e-7)
+
+
+def traced(asked: list[tuple[float, int, int, int]]) -> Iterator[TracedRequest]:
+    """Those of one group begin alike."""
+    for at_s, prompt, output, group in sorted(asked):
+        blocks = tuple(1000 * group + n for n in range(-(-prompt // 512)))
+        yield TracedRequest(at_s, prompt, output, blocks)
+
+
+def test_one_that_no_cache_holds_is_refused_and_the_rest_served() -> None:
+    ends = serve(LAYOUTS[0], [TracedRequest(0.0, 500_000, 1), TracedRequest(0.1, 10, 3)])
+    assert [each.end for each in ends] == [End.FAILED, End.COMPLETE]
+
+
+def test_a_shared_prefix_is_computed_once_where_it_is_kept() -> None:
+    blocks = tuple(range(20))
+    requests = [TracedRequest(float(n), 20 * 512, 5, blocks) for n in range(10)]
+    outcome = run(LAYOUTS[0], "baton", SLO, requests)
+    # All but the last token of the prompt, whose state makes the first of the output.
+    assert outcome.cached_tokens == 9 * 19 * 512
+    assert outcome.hit_rate == pytest.approx(0.9 * 0.95)
+
+
+@pytest.mark.parametrize("policy", BASELINES)
+def test_every_peer_serves_on_both_layouts(policy: str) -> None:
+    for layout in LAYOUTS[:2]:
+        outcome = run(layout, policy, SLO, some(60))
+        assert outcome.measured.failed == 0
+        assert outcome.measured.requests == 60
+
+
+def test_a_run_can_be_left_once_too_many_were_missed() -> None:
+    requests = some(200, rate_rps=100.0)
+    outcome = run(LAYOUTS[0], "random", Slo(0.05, 0.001), requests, misses_allowed=10)
+    assert outcome.measured.requests - outcome.measured.good == 11
