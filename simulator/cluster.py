@@ -68,6 +68,8 @@ class Cluster:
         self.under_way = 0
         self.prompt_tokens = 0
         """Of all that arrived."""
+        self.ended_s = 0.0
+        """When the last request did."""
         self._layout = layout
         self._on_end = on_end
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -164,6 +166,7 @@ class Cluster:
             self._at(self.now_s + self._layout.link_s, deliver)
         elif isinstance(command, Ended):
             self.under_way -= 1
+            self.ended_s = self.now_s
             del self._asked[command.key]
             self._on_end(command)
 

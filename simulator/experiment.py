@@ -96,9 +96,9 @@ def run(
     workers = cluster.workers.values()
     return Outcome(
         measured=measured,
-        duration_s=cluster.now_s,
+        duration_s=cluster.ended_s,
         prompt_tokens=cluster.prompt_tokens,
         computed_tokens=sum(worker.computed_tokens for worker in workers),
         cached_tokens=sum(worker.cached_tokens for worker in workers),
-        busy={worker.id: worker.busy_s / max(cluster.now_s, 1e-9) for worker in workers},
+        busy={worker.id: worker.busy_s / max(cluster.ended_s, 1e-9) for worker in workers},
     )
