@@ -7,6 +7,9 @@ that decode beside it. The sum of a prefill's and a decode's cost is least where
 transfer costs the same from anywhere; so pairs need not be enumerated, and one worker for both is
 compared with the best pair.
 
+A latency that is the share x of its SLO hurts by x squared: so work goes where there is room, and
+how fast the fast ones are matters little.
+
 What it puts on a worker it counts in the same call, in a forecast of that worker: the prompts that
 wait there, in order, and when each should be computed; the requests that decode there, and their
 context. First tokens that come earlier or later than predicted move the forecast.
@@ -14,15 +17,15 @@ context. First tokens that come earlier or later than predicted move the forecas
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from engine.latency_model import StepTimes
 from engine.learned_times import Factor
 from kvstore.index import KvIndex
 from protos.ids import RequestKey, WorkerId
 from router.core.events import Role, Shape
+from router.core.forecast import LARGEST_SHARE, Forecast, Part
 from router.core.output_lengths import OutputLengths
 from router.core.placement import Candidate, Decision, Reason, TieBreak, View
 from router.core.workers import Worker
@@ -45,9 +48,6 @@ class Slo:
 class Weights:
     """What the parts of a cost weigh. Found by `python -m benchmarks.tune`."""
 
-    power: float = 2.0
-    """A latency that is the share x of its SLO hurts by x to this power: so work goes where there
-    is room, and how fast the fast ones are matters little."""
     later: float = 20.0
     """Prompts that will come after this one and lose its time, beyond those that wait already."""
     floor: float = 0.02
@@ -57,95 +57,12 @@ class Weights:
 
 
 @dataclass(slots=True)
-class _Part:
-    """What one request has on one worker."""
-
-    worker: WorkerId
-    prefill_s: float = 0.0
-    placed_s: float = 0.0
-    due_s: float = 0.0
-    """When its prompt should be computed there; 0 if it is not to be."""
-    context_tokens: float = 0.0
-    """What it adds to each decode step there; 0 if it does not decode there."""
-    coming_tokens: int = 0
-    """Of its KV state that is not there yet, and not in the worker's reports."""
-
-
-@dataclass(slots=True)
 class _Placed:
     """One request."""
 
     kind: str
     addresses: tuple[bytes, ...]
-    parts: list[_Part]
-
-
-@dataclass(slots=True)
-class _Done:
-    """Prompts that one step completed: how long they took, and how long they should have."""
-
-    at_s: float = 0.0
-    measured_s: float = 0.0
-    predicted_s: float = 0.0
-
-    def add(self, now_s: float, part: _Part, factor: Factor) -> None:
-        """One more. With the first of the next step, this step's are compared."""
-        # What the factor says by now was part of the prediction.
-        predicted_s = part.prefill_s / factor.value
-        if now_s == self.at_s:
-            self.predicted_s += predicted_s
-            return
-        factor.observe(self.measured_s, self.predicted_s)
-        self.measured_s = now_s - max(part.placed_s, self.at_s)
-        self.at_s, self.predicted_s = now_s, predicted_s
-
-
-@dataclass(slots=True)
-class Forecast:
-    """One worker, as this policy's decisions make it."""
-
-    free_s: float = 0.0
-    """When the prompts that wait there should be computed."""
-    prefills: dict[RequestKey, _Part] = field(default_factory=dict)
-    """In the order in which they will be computed."""
-    decodes: int = 0
-    context_tokens: float = 0.0
-    coming_tokens: int = 0
-    done: _Done = field(default_factory=lambda: _Done())
-    _prefill_load_s: float = 0.0
-    _load_at_s: float = 0.0
-
-    def queue_s(self, now_s: float) -> float:
-        """How long the prompts that wait there take; what is overdue counts as due now."""
-        if not self.prefills:
-            return 0.0
-        first = next(iter(self.prefills.values()))
-        late_s = now_s - first.due_s
-        free_s = self.free_s + late_s if late_s > 0 else self.free_s
-        return max(0.0, free_s - now_s)
-
-    def prefill_share(self, now_s: float, window_s: float, more_s: float = 0.0) -> float:
-        """Of its time, what goes to prompts: exponentially averaged, with another one on top."""
-        decayed_s = self._prefill_load_s * math.exp((self._load_at_s - now_s) / window_s)
-        return min(0.95, (decayed_s + more_s) / window_s)
-
-    def add_prefill(self, now_s: float, key: RequestKey, part: _Part, window_s: float) -> None:
-        """Behind all that wait."""
-        self.free_s = now_s + self.queue_s(now_s) + part.prefill_s
-        part.due_s = self.free_s
-        self.prefills[key] = part
-        decayed_s = self._prefill_load_s * math.exp((self._load_at_s - now_s) / window_s)
-        self._prefill_load_s, self._load_at_s = decayed_s + part.prefill_s, now_s
-
-    def end_prefill(self, now_s: float, key: RequestKey, computed: bool) -> None:
-        """It is computed, or will not be: what waits behind it comes as much sooner or later."""
-        part = self.prefills.pop(key, None)
-        if part is None:
-            return
-        shift_s = now_s - part.due_s if computed else -part.prefill_s
-        for behind in self.prefills.values():
-            behind.due_s += shift_s
-        self.free_s += shift_s
+    parts: list[Part]
 
 
 class JointPlacement:
@@ -182,14 +99,15 @@ class JointPlacement:
         ttft_slo_s = shape.ttft_slo_s or self._slo.ttft_s
         tpot_slo_s = shape.tpot_slo_s or self._slo.tpot_s
         ask = _Asked(now_s, shape, held, length, context, ttft_slo_s, tpot_slo_s)
-        whole = [self._whole(ask, worker) for worker in decode or prefill]
+        there = [self._look(ask, worker) for worker in decode or prefill]
+        whole = [self._whole(ask, each) for each in there]
         best_whole = self._least(whole)
         reason = self._stays_whole(view, shape, bool(prefill), bool(decode))
         candidates = whole
         chosen, first = best_whole, None
         if reason is None:
-            firsts = [self._prefill(ask, worker) for worker in prefill]
-            seconds = [self._decode(ask, worker) for worker in decode]
+            firsts = [self._prefill(ask, self._look(ask, worker)) for worker in prefill]
+            seconds = [self._decode(ask, each) for each in there]
             candidates = whole + firsts + seconds
             best_first, best_second = self._least(firsts), self._least(seconds)
             if best_first.cost + best_second.cost < best_whole.cost:
@@ -235,7 +153,7 @@ class JointPlacement:
                 forecast.decodes -= 1
                 forecast.context_tokens -= part.context_tokens
 
-    def _has_come(self, part: _Part) -> None:
+    def _has_come(self, part: Part) -> None:
         self.forecasts[part.worker].coming_tokens -= part.coming_tokens
         part.coming_tokens = 0
 
@@ -252,99 +170,66 @@ class JointPlacement:
             for worker, blocks in found.items()
         }
 
-    def _forecast(self, worker: Worker) -> Forecast:
+    def _look(self, ask: _Asked, worker: Worker) -> _There:
         forecast = self.forecasts.get(worker.id)
         if forecast is None:
             forecast = self.forecasts[worker.id] = Forecast()
-        return forecast
-
-    def _prefill_s(self, tokens: int, cached: int, forecast: Forecast) -> float:
-        """Of so many tokens after the cached ones, in chunks beside what decodes there."""
+        cached = ask.held.get(worker.id, 0)
+        tokens = ask.tokens - cached
+        decodes, context = forecast.decodes, forecast.context_tokens
         timing = self._times.timing
-        room = max(1, self._max_step_tokens - forecast.decodes)
-        steps = -(-tokens // room)
-        return self.prefill_factor.value * (
-            tokens * timing.prefill_token_s + tokens * (cached + tokens / 2) * timing.prefill_pair_s
-        ) + steps * self._step_s(forecast.decodes, forecast.context_tokens)
-
-    def _step_s(self, requests: int, context_tokens: float) -> float:
-        timing = self._times.timing
-        return (
+        before_s = (
             timing.step_base_s
-            + requests * timing.decode_request_s
-            + context_tokens * timing.decode_context_token_s
+            + decodes * timing.decode_request_s
+            + context * timing.decode_context_token_s
         )
+        # In chunks, each beside what decodes there.
+        steps = -(-tokens // max(1, self._max_step_tokens - decodes))
+        prefill_s = steps * before_s + self.prefill_factor.value * tokens * (
+            timing.prefill_token_s + (cached + tokens / 2) * timing.prefill_pair_s
+        )
+        return _There(
+            worker, forecast, cached, forecast.queue_s(ask.now_s), prefill_s, before_s,
+            before_s + timing.decode_request_s
+            + ask.context_tokens * timing.decode_context_token_s,
+            forecast.prefill_share(ask.now_s, self._weights.share_window_s),
+        )  # fmt: skip
 
-    def _tpot_s(self, ask: _Asked, forecast: Forecast, prefill_s: float) -> float:
-        """Of all that decode there, with this one."""
-        step_s = self._step_s(forecast.decodes + 1, forecast.context_tokens + ask.context_tokens)
-        share = forecast.prefill_share(ask.now_s, self._weights.share_window_s, prefill_s)
-        return step_s / (1 - share)
+    def _prefill(self, ask: _Asked, there: _There) -> Candidate:
+        ttft_s = there.queue_s + there.prefill_s
+        cost = self._hurt_behind(ask, there, ttft_s)
+        if there.forecast.decodes:
+            share = there.share_with(there.prefill_s, self._weights.share_window_s)
+            cost += _hurt_beside(ask, there, there.before_s / (1 - share))
+        numbers = (there.cached, there.queue_s, there.prefill_s, ttft_s, 0.0)
+        return Candidate(there.worker.id, Role.PREFILL, cost, numbers)
 
-    def _hurt_beside(self, ask: _Asked, forecast: Forecast, tpot_s: float) -> float:
-        """What all that decode there are hurt by this one, itself included."""
-        if not forecast.decodes:
-            return self._hurt(tpot_s / ask.tpot_slo_s)
-        share = forecast.prefill_share(ask.now_s, self._weights.share_window_s)
-        before_s = self._step_s(forecast.decodes, forecast.context_tokens) / (1 - share)
-        more = self._hurt(tpot_s / ask.tpot_slo_s) - self._hurt(before_s / ask.tpot_slo_s)
-        return self._hurt(tpot_s / ask.tpot_slo_s) + forecast.decodes * more
-
-    def _hurt_behind(
-        self, ask: _Asked, forecast: Forecast, ttft_s: float, prefill_s: float
-    ) -> float:
-        """What this prompt's time is worth to itself and to those that will wait behind it."""
-        share, weights = ttft_s / ask.ttft_slo_s, self._weights
-        price = max(weights.floor, weights.power * math.pow(share, weights.power - 1))
-        later = weights.later + len(forecast.prefills)
-        return self._hurt(share) + later * price * prefill_s / ask.ttft_slo_s
-
-    def _prefill(self, ask: _Asked, worker: Worker) -> Candidate:
-        forecast = self._forecast(worker)
-        cached = ask.held.get(worker.id, 0)
-        queue_s = forecast.queue_s(ask.now_s)
-        prefill_s = self._prefill_s(ask.tokens - cached, cached, forecast)
-        ttft_s = queue_s + prefill_s
-        cost = self._hurt_behind(ask, forecast, ttft_s, prefill_s)
-        if forecast.decodes:
-            tpot_s = self._tpot_s(ask, forecast, prefill_s)
-            cost += self._hurt_beside(ask, forecast, tpot_s) - self._hurt(tpot_s / ask.tpot_slo_s)
-        return Candidate(worker.id, Role.PREFILL, cost, (cached, queue_s, prefill_s, ttft_s, 0.0))
-
-    def _decode(self, ask: _Asked, worker: Worker) -> Candidate:
-        forecast = self._forecast(worker)
-        cached = ask.held.get(worker.id, 0)
-        blocks = (ask.tokens - cached) / worker.block_size_tokens
+    def _decode(self, ask: _Asked, there: _There) -> Candidate:
+        blocks = (ask.tokens - there.cached) / there.worker.block_size_tokens
         transfer_s = blocks * self._times.timing.transfer_block_s
-        tpot_s = self._tpot_s(ask, forecast, 0.0) + transfer_s / ask.length_tokens
-        cost = self._hurt_beside(ask, forecast, tpot_s) + self._crowding(ask, worker, forecast)
-        return Candidate(worker.id, Role.DECODE, cost, (cached, 0.0, 0.0, transfer_s, tpot_s))
+        tpot_s = there.with_it_s / (1 - there.share)
+        cost = _hurt_beside(ask, there, tpot_s) + _crowding(ask, there)
+        # Its client waits for the second token while the prompt's state moves.
+        tpot_s += transfer_s / ask.length_tokens
+        cost += (tpot_s / ask.tpot_slo_s) ** 2
+        numbers = (there.cached, 0.0, 0.0, transfer_s, tpot_s)
+        return Candidate(there.worker.id, Role.DECODE, cost, numbers)
 
-    def _whole(self, ask: _Asked, worker: Worker) -> Candidate:
-        forecast = self._forecast(worker)
-        cached = ask.held.get(worker.id, 0)
-        queue_s = forecast.queue_s(ask.now_s)
-        prefill_s = self._prefill_s(ask.tokens - cached, cached, forecast)
-        ttft_s = queue_s + prefill_s
-        tpot_s = self._tpot_s(ask, forecast, prefill_s)
-        cost = self._hurt_behind(ask, forecast, ttft_s, prefill_s)
-        cost += self._hurt_beside(ask, forecast, tpot_s)
-        cost += self._crowding(ask, worker, forecast)
-        return Candidate(worker.id, Role.DECODE, cost, (cached, queue_s, prefill_s, ttft_s, tpot_s))
+    def _whole(self, ask: _Asked, there: _There) -> Candidate:
+        ttft_s = there.queue_s + there.prefill_s
+        share = there.share_with(there.prefill_s, self._weights.share_window_s)
+        tpot_s = there.with_it_s / (1 - share)
+        cost = self._hurt_behind(ask, there, ttft_s) + (tpot_s / ask.tpot_slo_s) ** 2
+        cost += _hurt_beside(ask, there, tpot_s) + _crowding(ask, there)
+        numbers = (there.cached, there.queue_s, there.prefill_s, ttft_s, tpot_s)
+        return Candidate(there.worker.id, Role.DECODE, cost, numbers)
 
-    def _crowding(self, ask: _Asked, worker: Worker, forecast: Forecast) -> float:
-        """What it costs that its KV cache has no room: requests wait for others to end.
-
-        What is there is reported, so that what requests share counts once.
-        """
-        load = worker.load
-        coming_tokens = forecast.coming_tokens + ask.tokens - ask.held.get(worker.id, 0)
-        blocks = load.kv_blocks_used + coming_tokens / worker.block_size_tokens
-        use = blocks / max(1, worker.kv_blocks_total)
-        return (forecast.decodes + 1) * max(0.0, use - _FULL) * _FULL_COST
-
-    def _hurt(self, share: float) -> float:
-        return math.pow(share, self._weights.power)
+    def _hurt_behind(self, ask: _Asked, there: _There, ttft_s: float) -> float:
+        """What this prompt's wait and time are worth to itself and to those behind it."""
+        share = ttft_s / ask.ttft_slo_s
+        price = max(self._weights.floor, 2 * share)
+        later = self._weights.later + len(there.forecast.prefills)
+        return share * share + later * price * there.prefill_s / ask.ttft_slo_s
 
     # What follows
 
@@ -373,11 +258,11 @@ class JointPlacement:
     ) -> None:
         computes = first or chosen
         shape = ask.shape
-        decoding = _Part(chosen.worker, context_tokens=ask.context_tokens)
+        decoding = Part(chosen.worker, context_tokens=ask.context_tokens)
         forecast = self.forecasts[chosen.worker]
         forecast.decodes += 1
         forecast.context_tokens += ask.context_tokens
-        computing = decoding if first is None else _Part(first.worker)
+        computing = decoding if first is None else Part(first.worker)
         computing.placed_s, computing.prefill_s = ask.now_s, computes.numbers[2]
         self.forecasts[computes.worker].add_prefill(
             ask.now_s, key, computing, self._weights.share_window_s
@@ -408,3 +293,44 @@ class _Asked:
     @property
     def tokens(self) -> int:
         return self.shape.prompt_tokens + self.shape.output_tokens
+
+
+class _There(NamedTuple):
+    """One worker as the request finds it."""
+
+    worker: Worker
+    forecast: Forecast
+    cached: int
+    """Tokens of the prompt."""
+    queue_s: float
+    prefill_s: float
+    """Of the rest of the prompt, once its turn has come."""
+    before_s: float
+    """A decode step, without the request."""
+    with_it_s: float
+    """A decode step, with it."""
+    share: float
+    """Of the worker's time, what goes to prompts."""
+
+    def share_with(self, more_s: float, window_s: float) -> float:
+        """With another prompt's time."""
+        return min(LARGEST_SHARE, self.share + more_s / window_s)
+
+
+def _hurt_beside(ask: _Asked, there: _There, tpot_s: float) -> float:
+    """What all that decode there are hurt, if their tokens come so far apart with this one."""
+    before_s = there.before_s / (1 - there.share)
+    slo_s = ask.tpot_slo_s
+    return there.forecast.decodes * (tpot_s * tpot_s - before_s * before_s) / (slo_s * slo_s)
+
+
+def _crowding(ask: _Asked, there: _There) -> float:
+    """What it costs that a KV cache has no room: requests wait for others to end.
+
+    What is there is reported, so that what requests share counts once.
+    """
+    worker, forecast = there.worker, there.forecast
+    coming_tokens = forecast.coming_tokens + ask.tokens - there.cached
+    blocks = worker.load.kv_blocks_used + coming_tokens / worker.block_size_tokens
+    use = blocks / max(1, worker.kv_blocks_total)
+    return (forecast.decodes + 1) * max(0.0, use - _FULL) * _FULL_COST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 import pytest
@@ -15,7 +16,8 @@ from kvstore.index import KvIndex
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Incarnation, RequestKey, WorkerId
 from router.core.events import Role, Shape, WorkerUp
-from router.core.joint import Forecast, JointPlacement, Slo
+from router.core.forecast import LARGEST_SHARE, Forecast, Part
+from router.core.joint import JointPlacement, Slo
 from router.core.placement import Decision, Reason, View
 from router.core.workers import WorkerPool
 
@@ -245,5 +247,8 @@ def test_all_that_is_counted_goes_when_all_have_ended(
 
 def test_a_share_decays_over_its_window() -> None:
     forecast = Forecast()
-    assert forecast.prefill_share(0.0, 10.0, more_s=5.0) == pytest.approx(0.5)
-    assert forecast.prefill_share(0.0, 10.0, more_s=100.0) == 0.95
+    forecast.add_prefill(0.0, RequestKey("0:a"), Part(WorkerId("d"), prefill_s=5.0), 10.0)
+    assert forecast.prefill_share(0.0, 10.0) == pytest.approx(0.5)
+    assert forecast.prefill_share(10.0, 10.0) == pytest.approx(0.5 / math.e)
+    forecast.add_prefill(10.0, RequestKey("0:b"), Part(WorkerId("d"), prefill_s=99.0), 10.0)
+    assert forecast.prefill_share(10.0, 10.0) == LARGEST_SHARE
