@@ -2,8 +2,10 @@
 
 Costs are least-squares fits, relative, of `engine.latency_model` to summed kernel times on H100 SXM
 (SHARED/perf/h100_sxm_step_times_derived.csv; `python -m benchmarks.engine_profiles` makes them
-again). Prefill costs are 1.2 times the fit, since those sums leave out 10 to 30 % (FACTS.md). KV
-bytes per token are 2 x layers x KV heads x head size x 2 bytes.
+again). Prefill costs are 1.2 times the fit, since such sums leave out 10 to 30 %. KV bytes per
+token are 2 x layers x KV heads x head size x 2 bytes. What Qwen3-32B's cache holds is llm-d's
+report of its pods (SHARED/perf/published_results.csv); its step's base, 13.9 ms by the fit, is what
+their 11 ms between tokens at 3 requests/s leave (SHARED/perf/llm-d_prefix_routing_by_qps.csv).
 """
 
 from __future__ import annotations
@@ -40,10 +42,14 @@ class EngineProfile:
     max_running_requests: int = 1024
     """Both vLLM's for servers of 70 GiB and more."""
     max_model_len_tokens: int = 131_072
+    kv_tokens_reported: int | None = None
+    """What its KV cache holds, where that is known better than it can be computed."""
 
     @property
     def kv_tokens(self) -> int:
         """What its KV cache holds."""
+        if self.kv_tokens_reported is not None:
+            return self.kv_tokens_reported
         memory = self.gpus * (_H100_BYTES * _MEMORY_SHARE - _ACTIVATION_BYTES)
         return int((memory - self.weights_bytes) / self.kv_bytes_per_token)
 
@@ -71,6 +77,18 @@ PROFILES: Final[dict[str, EngineProfile]] = {
         prefill_pair_s=1.13e-9,
         decode_request_s=12.8e-6,
         decode_context_token_s=42.8e-9,
+    ),
+    "qwen3-32b-h100x2": EngineProfile(
+        model="Qwen3-32B",
+        gpus=2,
+        kv_bytes_per_token=262_144,
+        weights_bytes=65.5e9,
+        step_base_s=10.0e-3,
+        prefill_token_s=49.5e-6,
+        prefill_pair_s=2.37e-9,
+        decode_request_s=26.7e-6,
+        decode_context_token_s=44.2e-9,
+        kv_tokens_reported=307_328,
     ),
     "llama-3.1-70b-h100x4": EngineProfile(
         model="Llama-3.1-70B",
