@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
+Kind: TypeAlias = Literal["starting", "ready", "failed", "died"]
 _KEPT: Final = 1000
 
 
@@ -16,7 +17,7 @@ class News:
     number: int
     subject: str
     """A worker's id or a router's."""
-    kind: Literal["starting", "ready", "failed", "died"]
+    kind: Kind
     reason: str
     """Why it failed or died; for `starting`, why the one died whose place it takes."""
     duration_s: float
@@ -35,7 +36,7 @@ class NewsLog:
     def add(
         self,
         subject: str,
-        kind: Literal["starting", "ready", "failed", "died"],
+        kind: Kind,
         reason: str,
         duration_s: float,
         fatal: bool,

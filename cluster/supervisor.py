@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import ray
 from ray.exceptions import RayError
@@ -30,7 +30,7 @@ from cluster.actors import (
     until_it_hangs,
 )
 from cluster.admin_api import AdminApi
-from cluster.news import News, NewsLog
+from cluster.news import Kind, News, NewsLog
 from cluster.pools import BecameReady, Begun, Died, Event, Slot, Start, Tick, role_of
 from cluster.state import ClusterState, SupervisorSettings, Unit
 from engine.spec import Role, WorkerAddress, WorkerSpec
@@ -248,7 +248,7 @@ class Supervisor:
     def _tell(
         self,
         subject: str,
-        kind: Literal["starting", "ready", "failed", "died"],
+        kind: Kind,
         reason: str,
         *,
         duration_s: float = 0.0,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import settings
@@ -28,8 +30,21 @@ def tiny_model() -> Path:
 def shared() -> Path:
     """Traces and tables that are not part of the project; a user's clone goes without."""
     if not SHARED.is_dir():
-        reason = f"{SHARED} is absent; set BATON_SHARED to a directory with traces/ and perf/"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        lack(f"{SHARED} is absent; set BATON_SHARED to a directory with traces/ and perf/")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def curl() -> str:
+    """The command's path."""
+    found = shutil.which("curl")
+    if found is None:
+        lack("curl is not installed")
+    return found
+
+
+def lack(reason: str) -> NoReturn:
+    """Skip what a user's machine may lack; where everything must run, that is a failure."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)

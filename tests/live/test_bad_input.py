@@ -6,7 +6,6 @@ What single fields may hold is `test_api_errors`' and `test_grpc`'s business.
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -215,15 +214,16 @@ def _chunks() -> Iterator[bytes]:
         yield b" " * (1 << 20)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
-def test_curl_is_told_of_a_huge_body(chunked: bool, cluster: BatonServe, tmp_path: Path) -> None:
+def test_curl_is_told_of_a_huge_body(
+    chunked: bool, cluster: BatonServe, curl: str, tmp_path: Path
+) -> None:
     body = tmp_path / "body.json"
     body.write_bytes(b" " * HUGE_BYTES)
     headers = ["-H", "Transfer-Encoding: chunked"] if chunked else []
     given = ["--data-binary", f"@{body}", "-w", "\n%{http_code}", *headers]
     ran = subprocess.run(
-        ["curl", "-sS", *given, cluster.url + COMPLETIONS],
+        [curl, "-sS", *given, cluster.url + COMPLETIONS],
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,6 @@
 """A process of the router unit is killed under streams: what it takes along, and what it leaves.
 
-Each test names the sentence that it proves. The engines are simulated, since no
+Each test quotes the sentence that it proves. The engines are simulated, since no
 engine runs in these processes; all else is as a person starts it.
 """
 
