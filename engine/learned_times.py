@@ -38,10 +38,6 @@ class Factor:
         """Standard deviation of the logarithm: 0.1 is about 10 %."""
         return math.sqrt(self.log_variance)
 
-    def quantile(self, deviations: float) -> float:
-        """The factor that is exceeded as rarely as a normal deviate exceeds so many deviations."""
-        return math.exp(self.log_mean + deviations * self.spread)
-
     def observe(self, measured_s: float, predicted_s: float) -> None:
         """Take one pair in; both above 0, else it says nothing."""
         if measured_s <= 0 or predicted_s <= 0:

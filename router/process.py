@@ -31,6 +31,7 @@ from router import anchor_client
 from router.core import admission
 from router.core.events import (
     AbortOn,
+    AskCache,
     Command,
     End,
     Ended,
@@ -164,6 +165,8 @@ class RouterProcess:
             self._anchor.deliver(command)
         elif isinstance(command, Submit | AbortOn | Forget | Resend):
             self._links.send(command)
+        elif isinstance(command, AskCache):
+            raise AssertionError("no worker reports its cache to a live router yet")
         elif isinstance(command, Ended):
             self._measured.observe(command)
             if command.end is End.FAILED:

@@ -18,6 +18,7 @@ from router.core.joint import Slo
 from simulator import page, traces, workloads
 from simulator.cluster import Layout
 from simulator.experiment import Outcome, policy_named, run
+from simulator.measure import Latencies
 from simulator.profiles import PROFILES, EngineProfile
 from simulator.traces import TracedRequest
 
@@ -51,6 +52,11 @@ def simulate(question: Question, console: Console) -> None:
     slo = read_slo(question.slo)
     requests = _requests(question)
     begin = list(itertools.islice(requests, _SEEN_FOR_SLO))
+    if not begin:
+        raise ConfigError(
+            f"nothing of {question.workload} arrives within {question.minutes:g} minutes; raise "
+            "--minutes or --rate"
+        )
     _check_reachable(layout.profile, slo, begin)
     outcome = run(layout, question.policy, slo, itertools.chain(begin, requests), question.seed)
     console.print(_table(question, layout, outcome))
@@ -164,7 +170,7 @@ def _table(question: Question, layout: Layout, outcome: Outcome) -> Table:
     return table
 
 
-def _quantiles(latencies: page.Latencies) -> str:
+def _quantiles(latencies: Latencies) -> str:
     if not latencies.count:
         return "-"
     values = [latencies.mean_s, *(latencies.quantile_s(share) for share in (0.5, 0.9, 0.99))]

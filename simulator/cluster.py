@@ -37,8 +37,6 @@ from simulator.worker import Asked, SimulatedWorker
 
 TICK_S: Final = 0.5
 _TICKET: Final = TicketId("simulated")
-_GIVEN_UP_S: Final = 3600.0
-"""So long after the last arrival a run ends, whatever is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,6 @@ class Layout:
     """Of the engines and of the KV index; divides the traces' blocks."""
     link_s: float = 0.0005
     """From a router to a worker, and back."""
-
-    @property
-    def gpus(self) -> int:
-        return (self.prefill + self.decode) * self.profile.gpus
 
 
 class Cluster:
@@ -204,7 +198,8 @@ class Cluster:
 def prompt_hashes(request: TracedRequest, block_tokens: int) -> Sequence[bytes]:
     """Content addresses of a prompt's full blocks: of what the trace says is shared.
 
-    A trace's id stands for its block after all blocks before it, as an address does.
+    A trace's id stands for its block after all blocks before it, as an address does
+    (`traces.TracedRequest.block_ids`).
     """
     parts = BLOCK_TOKENS // block_tokens
     assert parts * block_tokens == BLOCK_TOKENS, "a trace's block is whole blocks of the engines"

@@ -44,8 +44,6 @@ class Outcome:
     duration_s: float
     """Until its last request ended."""
     prompt_tokens: int
-    computed_tokens: int
-    """Of prompts, and of what was generated before a preemption."""
     cached_tokens: int
     """Of prompts, where they were computed."""
     busy: Mapping[WorkerId, float]
@@ -98,7 +96,6 @@ def run(
         measured=measured,
         duration_s=cluster.ended_s,
         prompt_tokens=cluster.prompt_tokens,
-        computed_tokens=sum(worker.computed_tokens for worker in workers),
         cached_tokens=sum(worker.cached_tokens for worker in workers),
         busy={worker.id: worker.busy_s / max(cluster.ended_s, 1e-9) for worker in workers},
     )

@@ -12,8 +12,6 @@ from typing import Final
 from simulator.experiment import Outcome
 from simulator.measure import Latencies
 
-__all__ = ["Latencies", "render"]
-
 _WIDTH: Final = 560
 _HEIGHT: Final = 260
 _LEFT: Final = 48

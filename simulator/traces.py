@@ -51,7 +51,8 @@ class TracedRequest(NamedTuple):
     input_tokens: int
     output_tokens: int
     block_ids: tuple[int, ...] = ()
-    """Equal ids, in equal places after equal ids, are equal tokens; empty if nothing is known."""
+    """Each stands for its block after all blocks before it, as Mooncake's do: prompts with an id in
+    common are equal up to there. Empty if nothing is known."""
     client: str = ""
 
 

@@ -82,8 +82,6 @@ class SimulatedWorker:
     _changes: int = 0
     busy_s: float = 0.0
     """Time in which it computed."""
-    computed_tokens: int = 0
-    """Prompt tokens that were neither cached nor fetched."""
     cached_tokens: int = 0
     """Prompt tokens that were in its own cache when they were to be computed here."""
 
@@ -131,7 +129,7 @@ class SimulatedWorker:
             order=(0, self._arrivals),
             prompt_tokens=asked.prompt_tokens,
             known_tokens=known,
-            max_tokens=known + 1 if command.hand_off else asked.prompt_tokens + asked.output_tokens,
+            max_tokens=known + 1 if command.hand_off else self._longest(asked),
             hand_off=command.hand_off,
             source=self._manifest(command.manifest),
             prompt_hashes=asked.prompt_hashes,
@@ -207,7 +205,6 @@ class SimulatedWorker:
                 self.manifests[manifest] = output.kv_transfer_params
         use = None
         if (stats := output.prefill_stats) is not None:
-            self.computed_tokens += stats.num_computed_tokens
             if not attempt.fetched:
                 self.cached_tokens += stats.num_local_cached_tokens
             use = PromptUse(
@@ -218,6 +215,10 @@ class SimulatedWorker:
             attempt.key, attempt.number, first, _ZEROS[: position - first], b"", finish, manifest,
             prompt_use=use,
         )  # fmt: skip
+
+    def _longest(self, asked: Asked) -> int:
+        # An output that does not fit is cut, as vLLM does.
+        return min(asked.prompt_tokens + asked.output_tokens, self.max_model_len_tokens)
 
     def _manifest(self, name: bytes) -> Manifest | None:
         params: Mapping[str, Any] | None = self.manifests.get(name)

@@ -23,14 +23,21 @@ class Part:
     """What one request has on one worker."""
 
     worker: WorkerId
-    prefill_s: float = 0.0
     placed_s: float = 0.0
+    work_s: float = 0.0
+    """What the profile says that its prompt's tokens take."""
+    base_s: float = 0.0
+    """What its steps take beside that, if it has them for itself."""
+    occupies_s: float = 0.0
+    """By how much it delays what comes after it: prompts share steps."""
     due_s: float = 0.0
     """When its prompt should be computed there; 0 if it is not to be."""
     context_tokens: float = 0.0
     """What it adds to each decode step there; 0 if it does not decode there."""
     coming_tokens: int = 0
-    """Of its KV state that is not there yet, and not in the worker's reports."""
+    """Of its KV state, what may not be there yet, nor in the worker's reports."""
+    decoding: bool = False
+    """Its tokens are being made there."""
 
 
 @dataclass(slots=True)
@@ -39,18 +46,17 @@ class Done:
 
     at_s: float = 0.0
     measured_s: float = 0.0
-    predicted_s: float = 0.0
+    base_s: float = 0.0
+    work_s: float = 0.0
 
     def add(self, now_s: float, part: Part, factor: Factor) -> None:
         """One more. With the first of the next step, this step's are compared."""
-        # What the factor says by now was part of the prediction.
-        predicted_s = part.prefill_s / factor.value
-        if now_s == self.at_s:
-            self.predicted_s += predicted_s
-            return
-        factor.observe(self.measured_s, self.predicted_s)
-        self.measured_s = now_s - max(part.placed_s, self.at_s)
-        self.at_s, self.predicted_s = now_s, predicted_s
+        if now_s != self.at_s:
+            factor.observe(self.measured_s - self.base_s, self.work_s)
+            self.measured_s = now_s - max(part.placed_s, self.at_s)
+            self.at_s, self.base_s, self.work_s = now_s, 0.0, 0.0
+        self.base_s = max(self.base_s, part.base_s)
+        self.work_s += part.work_s
 
 
 @dataclass(slots=True)
@@ -63,39 +69,89 @@ class Forecast:
     """In the order in which they will be computed."""
     decodes: int = 0
     context_tokens: float = 0.0
+    """Of all that decode there or will."""
+    running: int = 0
+    running_context_tokens: float = 0.0
+    """Of those that decode there now."""
     coming_tokens: int = 0
     done: Done = field(default_factory=Done)
     _prefill_load_s: float = 0.0
     _load_at_s: float = 0.0
 
+    @property
+    def idle(self) -> bool:
+        """Nothing of this router is there."""
+        return not self.prefills and not self.decodes
+
     def queue_s(self, now_s: float) -> float:
         """How long the prompts that wait there take; what is overdue counts as due now."""
         if not self.prefills:
             return 0.0
-        first = next(iter(self.prefills.values()))
-        late_s = now_s - first.due_s
-        free_s = self.free_s + late_s if late_s > 0 else self.free_s
-        return max(0.0, free_s - now_s)
+        return max(0.0, self.free_s + self._late_s(now_s) - now_s)
 
     def prefill_share(self, now_s: float, window_s: float) -> float:
         """Of its time, what goes to prompts: exponentially averaged over the window."""
-        decayed_s = self._prefill_load_s * math.exp((self._load_at_s - now_s) / window_s)
-        return min(LARGEST_SHARE, decayed_s / window_s)
+        return min(LARGEST_SHARE, self._load_s(now_s, window_s) / window_s)
 
     def add_prefill(self, now_s: float, key: RequestKey, part: Part, window_s: float) -> None:
         """Behind all that wait."""
-        self.free_s = now_s + self.queue_s(now_s) + part.prefill_s
+        self._catch_up(now_s)
+        self.free_s = now_s + self.queue_s(now_s) + part.occupies_s
         part.due_s = self.free_s
         self.prefills[key] = part
-        decayed_s = self._prefill_load_s * math.exp((self._load_at_s - now_s) / window_s)
-        self._prefill_load_s, self._load_at_s = decayed_s + part.prefill_s, now_s
+        self._prefill_load_s = self._load_s(now_s, window_s) + part.occupies_s
+        self._load_at_s = now_s
 
-    def end_prefill(self, now_s: float, key: RequestKey, computed: bool) -> None:
-        """It is computed, or will not be: what waits behind it comes as much sooner or later."""
-        part = self.prefills.pop(key, None)
-        if part is None:
+    def end_prefill(self, now_s: float, key: RequestKey) -> None:
+        """It is computed, or will not be: what waits behind it comes as much sooner."""
+        if key not in self.prefills:
             return
-        shift_s = now_s - part.due_s if computed else -part.prefill_s
-        for behind in self.prefills.values():
-            behind.due_s += shift_s
-        self.free_s += shift_s
+        self._catch_up(now_s)
+        behind = False
+        saved_s = 0.0
+        for other, part in self.prefills.items():
+            if behind:
+                part.due_s -= saved_s
+            elif other == key:
+                behind = True
+                saved_s = min(part.occupies_s, max(0.0, part.due_s - now_s))
+        self.free_s -= saved_s
+        del self.prefills[key]
+
+    def has_come(self, part: Part) -> None:
+        """A part's KV state is there: it decodes from now on, if it is to."""
+        self.coming_tokens -= part.coming_tokens
+        part.coming_tokens = 0
+        if part.context_tokens and not part.decoding:
+            part.decoding = True
+            self.running += 1
+            self.running_context_tokens += part.context_tokens
+
+    def will_decode(self, part: Part) -> None:
+        """A part is to decode there."""
+        self.decodes += 1
+        self.context_tokens += part.context_tokens
+
+    def end(self, part: Part) -> None:
+        """Nothing of a part is there any more; its prompt was ended before."""
+        self.coming_tokens -= part.coming_tokens
+        if part.context_tokens:
+            self.decodes -= 1
+            self.context_tokens -= part.context_tokens
+        if part.decoding:
+            self.running -= 1
+            self.running_context_tokens -= part.context_tokens
+
+    def _late_s(self, now_s: float) -> float:
+        first = next(iter(self.prefills.values()))
+        return max(0.0, now_s - first.due_s)
+
+    def _catch_up(self, now_s: float) -> None:
+        """What is late by now makes all that wait late."""
+        if self.prefills and (late_s := self._late_s(now_s)):
+            for part in self.prefills.values():
+                part.due_s += late_s
+            self.free_s += late_s
+
+    def _load_s(self, now_s: float, window_s: float) -> float:
+        return self._prefill_load_s * math.exp((self._load_at_s - now_s) / window_s)

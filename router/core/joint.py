@@ -17,20 +17,22 @@ context. First tokens that come earlier or later than predicted move the forecas
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from engine.latency_model import StepTimes
 from engine.learned_times import Factor
-from kvstore.index import KvIndex
+from engine.spec import SimulatedTiming
 from protos.ids import RequestKey, WorkerId
+from router.core.ahead import Ahead
 from router.core.events import Role, Shape
 from router.core.forecast import LARGEST_SHARE, Forecast, Part
 from router.core.output_lengths import OutputLengths
 from router.core.placement import Candidate, Decision, Reason, TieBreak, View
 from router.core.workers import Worker
 
-AHEAD_ENTRIES: Final = 1_000_000
+_GONE_KEPT: Final = 16
 _FULL: Final = 0.9
 """Of a KV cache: beyond that, requests wait for others to end."""
 _FULL_COST: Final = 10.0
@@ -46,10 +48,10 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the parts of a cost weigh. Found by `python -m benchmarks.tune`."""
+    """What the parts of a cost weigh: docs/adr/0007 tells how they were found."""
 
     later: float = 20.0
-    """Prompts that will come after this one and lose its time, beyond those that wait already."""
+    """Prompts that will come after this one and lose its time, beyond as many as wait now."""
     floor: float = 0.02
     """What a prompt's time costs at least, where nothing waits: so caches are used."""
     share_window_s: float = 10.0
@@ -58,7 +60,7 @@ class Weights:
 
 @dataclass(slots=True)
 class _Placed:
-    """One request."""
+    """One request; the part whose prompt is to be computed comes first."""
 
     kind: str
     addresses: tuple[bytes, ...]
@@ -82,8 +84,7 @@ class JointPlacement:
         self._lengths = OutputLengths()
         self.forecasts: dict[WorkerId, Forecast] = {}
         self._placed: dict[RequestKey, _Placed] = {}
-        self._ahead = KvIndex(AHEAD_ENTRIES)
-        """Who will hold which prompts' blocks once they are computed."""
+        self._ahead = Ahead()
 
     # What is asked
 
@@ -93,6 +94,7 @@ class JointPlacement:
         prefill, decode = pool.usable(Role.PREFILL), pool.usable(Role.DECODE)
         if not prefill and not decode:
             return None
+        self._prune(view)
         held = self._held(view, shape)
         length = self._lengths.expect(shape.kind, shape.max_tokens, shape.output_tokens)
         context = shape.prompt_tokens + shape.output_tokens + length / 2
@@ -114,7 +116,7 @@ class JointPlacement:
                 chosen, first, reason = best_second, best_first, Reason.LONG_PROMPT
             else:
                 reason = Reason.SHORT_PROMPT
-        self._count(ask, key, chosen, first)
+        self._count(ask, view, key, chosen, first)
         return Decision(
             reason, shape.prompt_tokens, chosen.worker, first.worker if first else None,
             _COMPARED, candidates,
@@ -128,13 +130,15 @@ class JointPlacement:
         computed = placed.parts[0]
         if computed.due_s:
             forecast = self.forecasts[computed.worker]
-            forecast.end_prefill(now_s, key, computed=True)
+            forecast.end_prefill(now_s, key)
             forecast.done.add(now_s, computed, self.prefill_factor)
             self._ahead.remove(computed.worker, placed.addresses)
             computed.due_s = 0.0
-            self._has_come(computed)
+            forecast.has_come(computed)
+            if len(placed.parts) > 1:
+                del placed.parts[0]  # The other one makes the tokens.
         else:
-            self._has_come(placed.parts[-1])
+            self.forecasts[placed.parts[-1].worker].has_come(placed.parts[-1])
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
@@ -146,28 +150,31 @@ class JointPlacement:
         for part in placed.parts:
             forecast = self.forecasts[part.worker]
             if part.due_s:
-                forecast.end_prefill(now_s, key, computed=False)
+                forecast.end_prefill(now_s, key)
                 self._ahead.remove(part.worker, placed.addresses)
-            self._has_come(part)
-            if part.context_tokens:
-                forecast.decodes -= 1
-                forecast.context_tokens -= part.context_tokens
+            forecast.end(part)
 
-    def _has_come(self, part: Part) -> None:
-        self.forecasts[part.worker].coming_tokens -= part.coming_tokens
-        part.coming_tokens = 0
+    def _prune(self, view: View) -> None:
+        """Forget workers that are gone for good, now and then."""
+        if len(self.forecasts) <= 2 * view.pool.size + _GONE_KEPT:
+            return
+        for worker, forecast in list(self.forecasts.items()):
+            if view.pool.get(worker) is None and forecast.idle:
+                del self.forecasts[worker]
+                self._ahead.drop(worker)
 
     # What is predicted
 
     def _held(self, view: View, shape: Shape) -> dict[str, int]:
         """Tokens of the prompt that each worker holds, or will when its turn comes."""
+        # The last token is computed whatever is held, and with it its block.
+        computable = (shape.prompt_tokens - 1) // view.block_tokens
         found = view.index.match(shape.addresses)
         for worker, blocks in self._ahead.match(shape.addresses).items():
             if blocks > found.get(worker, 0):
                 found[worker] = blocks
         return {
-            worker: min(blocks * view.block_tokens, shape.prompt_tokens - 1)
-            for worker, blocks in found.items()
+            worker: min(blocks, computable) * view.block_tokens for worker, blocks in found.items()
         }
 
     def _look(self, ask: _Asked, worker: Worker) -> _There:
@@ -176,20 +183,17 @@ class JointPlacement:
             forecast = self.forecasts[worker.id] = Forecast()
         cached = ask.held.get(worker.id, 0)
         tokens = ask.tokens - cached
-        decodes, context = forecast.decodes, forecast.context_tokens
         timing = self._times.timing
-        before_s = (
-            timing.step_base_s
-            + decodes * timing.decode_request_s
-            + context * timing.decode_context_token_s
-        )
-        # In chunks, each beside what decodes there.
-        steps = -(-tokens // max(1, self._max_step_tokens - decodes))
-        prefill_s = steps * before_s + self.prefill_factor.value * tokens * (
-            timing.prefill_token_s + (cached + tokens / 2) * timing.prefill_pair_s
-        )
+        before_s = _step_s(timing, forecast.decodes, forecast.context_tokens)
+        running_s = _step_s(timing, forecast.running, forecast.running_context_tokens)
+        # In chunks, each beside what decodes there by now.
+        steps = tokens / max(1, self._max_step_tokens - forecast.running)
+        work_s = tokens * (timing.prefill_token_s + (cached + tokens / 2) * timing.prefill_pair_s)
+        takes_s = self.prefill_factor.value * work_s
+        base_s = math.ceil(steps) * running_s
         return _There(
-            worker, forecast, cached, forecast.queue_s(ask.now_s), prefill_s, before_s,
+            worker, forecast, cached, forecast.queue_s(ask.now_s), work_s, base_s,
+            takes_s + base_s, takes_s + steps * running_s, before_s,
             before_s + timing.decode_request_s
             + ask.context_tokens * timing.decode_context_token_s,
             forecast.prefill_share(ask.now_s, self._weights.share_window_s),
@@ -199,7 +203,7 @@ class JointPlacement:
         ttft_s = there.queue_s + there.prefill_s
         cost = self._hurt_behind(ask, there, ttft_s)
         if there.forecast.decodes:
-            share = there.share_with(there.prefill_s, self._weights.share_window_s)
+            share = there.share_with_it(self._weights.share_window_s)
             cost += _hurt_beside(ask, there, there.before_s / (1 - share))
         numbers = (there.cached, there.queue_s, there.prefill_s, ttft_s, 0.0)
         return Candidate(there.worker.id, Role.PREFILL, cost, numbers)
@@ -217,7 +221,7 @@ class JointPlacement:
 
     def _whole(self, ask: _Asked, there: _There) -> Candidate:
         ttft_s = there.queue_s + there.prefill_s
-        share = there.share_with(there.prefill_s, self._weights.share_window_s)
+        share = there.share_with_it(self._weights.share_window_s)
         tpot_s = there.with_it_s / (1 - share)
         cost = self._hurt_behind(ask, there, ttft_s) + (tpot_s / ask.tpot_slo_s) ** 2
         cost += _hurt_beside(ask, there, tpot_s) + _crowding(ask, there)
@@ -225,11 +229,12 @@ class JointPlacement:
         return Candidate(there.worker.id, Role.DECODE, cost, numbers)
 
     def _hurt_behind(self, ask: _Asked, there: _There, ttft_s: float) -> float:
-        """What this prompt's wait and time are worth to itself and to those behind it."""
+        """What this prompt's wait and time are worth to itself and to those that come after it: as
+        many as wait now, and some."""
         share = ttft_s / ask.ttft_slo_s
         price = max(self._weights.floor, 2 * share)
         later = self._weights.later + len(there.forecast.prefills)
-        return share * share + later * price * there.prefill_s / ask.ttft_slo_s
+        return share * share + later * price * there.occupies_s / ask.ttft_slo_s
 
     # What follows
 
@@ -254,16 +259,19 @@ class JointPlacement:
         return None
 
     def _count(
-        self, ask: _Asked, key: RequestKey, chosen: Candidate, first: Candidate | None
+        self, ask: _Asked, view: View, key: RequestKey, chosen: Candidate, first: Candidate | None
     ) -> None:
         computes = first or chosen
+        worker = view.pool.get(computes.worker)
+        assert worker is not None, "it was compared just now"
+        there = self._look(ask, worker)
         shape = ask.shape
         decoding = Part(chosen.worker, context_tokens=ask.context_tokens)
         forecast = self.forecasts[chosen.worker]
-        forecast.decodes += 1
-        forecast.context_tokens += ask.context_tokens
+        forecast.will_decode(decoding)
         computing = decoding if first is None else Part(first.worker)
-        computing.placed_s, computing.prefill_s = ask.now_s, computes.numbers[2]
+        computing.placed_s, computing.occupies_s = ask.now_s, there.occupies_s
+        computing.work_s, computing.base_s = there.work_s, there.base_s
         self.forecasts[computes.worker].add_prefill(
             ask.now_s, key, computing, self._weights.share_window_s
         )
@@ -303,18 +311,33 @@ class _There(NamedTuple):
     cached: int
     """Tokens of the prompt."""
     queue_s: float
+    work_s: float
+    """What the profile says of the rest of the prompt's tokens."""
+    base_s: float
+    """What its steps take beside that."""
     prefill_s: float
     """Of the rest of the prompt, once its turn has come."""
+    occupies_s: float
+    """By how much it delays what comes after it: prompts share steps."""
     before_s: float
-    """A decode step, without the request."""
+    """A decode step of all that are to decode there, without the request."""
     with_it_s: float
     """A decode step, with it."""
     share: float
     """Of the worker's time, what goes to prompts."""
 
-    def share_with(self, more_s: float, window_s: float) -> float:
-        """With another prompt's time."""
-        return min(LARGEST_SHARE, self.share + more_s / window_s)
+    def share_with_it(self, window_s: float) -> float:
+        """With this prompt's time."""
+        return min(LARGEST_SHARE, self.share + self.occupies_s / window_s)
+
+
+def _step_s(timing: SimulatedTiming, requests: int, context_tokens: float) -> float:
+    """Of decodes alone; `StepTimes.step_s` without making a StepWork for every worker."""
+    return (
+        timing.step_base_s
+        + requests * timing.decode_request_s
+        + context_tokens * timing.decode_context_token_s
+    )
 
 
 def _hurt_beside(ask: _Asked, there: _There, tpot_s: float) -> float:

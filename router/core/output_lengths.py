@@ -22,16 +22,17 @@ class OutputLengths:
     def expect(self, kind: str, max_tokens: int | None, made_tokens: int = 0) -> float:
         """Tokens still to come, at least one. A client's limit is a bound, not a guess."""
         expected = self._by_kind.get(kind, self._all)
-        if max_tokens is not None:
-            expected = min(expected, float(max_tokens))
         # One that has outlived the mean goes on for about as long again (its tail is heavy).
-        return max(1.0, expected - made_tokens if made_tokens < expected else expected)
+        left = expected - made_tokens if made_tokens < expected else expected
+        if max_tokens is not None:
+            left = min(left, max_tokens - made_tokens)
+        return max(1.0, left)
 
     def observe(self, kind: str, output_tokens: int) -> None:
         """A request ended by itself after so many."""
         self._seen += 1
-        self._all += max(WEIGHT, 1 / (self._seen + 1)) * (output_tokens - self._all)
         before = self._by_kind.pop(kind, self._all)
+        self._all += max(WEIGHT, 1 / (self._seen + 1)) * (output_tokens - self._all)
         self._by_kind[kind] = before + WEIGHT * (output_tokens - before)
         if len(self._by_kind) > KINDS_KEPT:
             self._by_kind.popitem(last=False)

@@ -85,6 +85,11 @@ class WorkerPool:
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
 
+    @property
+    def size(self) -> int:
+        """How many there are, usable or not."""
+        return len(self._workers)
+
     def get(self, worker: WorkerId) -> Worker | None:
         """The living incarnation."""
         return self._workers.get(worker)

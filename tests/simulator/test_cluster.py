@@ -104,6 +104,12 @@ def test_one_that_no_cache_holds_is_refused_and_the_rest_served() -> None:
     assert [each.end for each in ends] == [End.FAILED, End.COMPLETE]
 
 
+def test_an_output_that_does_not_fit_is_cut_as_vllm_does() -> None:
+    (end,) = serve(LAYOUTS[0], [TracedRequest(0.0, 1000, 500_000)])
+    assert end.end is End.COMPLETE
+    assert end.output_tokens == PROFILE.max_model_len_tokens - 1000
+
+
 def test_a_shared_prefix_is_computed_once_where_it_is_kept() -> None:
     blocks = tuple(range(20))
     requests = [TracedRequest(float(n), 20 * 512, 5, blocks) for n in range(10)]

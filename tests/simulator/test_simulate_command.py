@@ -72,6 +72,7 @@ def test_the_same_seed_tells_the_same() -> None:
     [
         (("poison", "--rate", "1"), "did you mean 'poisson'"),
         (("poisson",), "poisson needs --rate"),
+        (("poisson", "--rate", "0.001", "--minutes", "0.01"), "nothing of poisson arrives"),
         (("missing.jsonl",), "can't be read"),
         (("poisson", "--rate", "1", "--policy", "dinamo_kv"), "did you mean 'dynamo_kv'"),
         (("poisson", "--rate", "1", "--model", "llama-3.1-8b"), "did you mean 'llama-3.1-8b-h100'"),

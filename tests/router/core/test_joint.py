@@ -84,17 +84,27 @@ def test_an_idle_worker_is_predicted_by_the_profile() -> None:
     assert numbers["ttft_s"] == pytest.approx(prefill_s)
     assert numbers["queue_s"] == 0
     # One decode of the prompt and half of the 256 tokens that are expected, beside its prompt's
-    # share of 10 s.
+    # share of 10 s. Of a step's base it takes as much as of the step's tokens.
     step_s = 0.006 + 13e-6 + (1280 + 128) * 43e-9
-    assert numbers["tpot_s"] == pytest.approx(step_s / (1 - prefill_s / 10))
+    occupies_s = prefill_s - 0.006 * (1 - 1280 / 8192)
+    assert numbers["tpot_s"] == pytest.approx(step_s / (1 - occupies_s / 10))
 
 
 def test_what_waits_is_waited_for_and_shrinks_with_time() -> None:
     bench = Bench("d1")
-    first_s = predicted(bench.place(tokens=12_800), "d1")["ttft_s"]
+    first_s = predicted(bench.place(tokens=8192), "d1")["ttft_s"]
     bench.now_s += first_s / 4
     queue_s = predicted(bench.place(), "d1")["queue_s"]
     assert queue_s == pytest.approx(first_s * 3 / 4)
+
+
+def test_prompts_share_a_steps_base() -> None:
+    bench = Bench("d1")
+    alone_s = predicted(bench.place(tokens=1024, prefix=0), "d1")["ttft_s"]
+    for prefix in range(1, 7):
+        bench.place(tokens=1024, prefix=prefix)
+    together_s = predicted(bench.place(tokens=1024, prefix=7), "d1")["ttft_s"]
+    assert together_s == pytest.approx(8 * (alone_s - 0.006) + 0.006 + 0.006 * 7 / 8)
 
 
 def test_an_overdue_prompt_is_taken_to_end_now() -> None:
@@ -106,12 +116,12 @@ def test_an_overdue_prompt_is_taken_to_end_now() -> None:
 
 def test_first_tokens_move_what_waits_behind() -> None:
     bench = Bench("d1")
-    first_s = predicted(bench.place(tokens=12_800), "d1")["ttft_s"]
-    second = predicted(bench.place(tokens=12_800), "d1")
+    first_s = predicted(bench.place(tokens=12_800, prefix=0), "d1")["ttft_s"]
+    second = predicted(bench.place(tokens=12_800, prefix=1), "d1")
     bench.now_s += first_s / 2  # Twice as fast as predicted.
     bench.first_token(1)
-    queue_s = predicted(bench.place(), "d1")["queue_s"]
-    assert queue_s == pytest.approx(second["prefill_s"], rel=0.01)
+    queue_s = predicted(bench.place(prefix=2), "d1")["queue_s"]
+    assert queue_s == pytest.approx(second["prefill_s"], rel=0.02)
 
 
 def test_load_spreads() -> None:
@@ -126,7 +136,7 @@ def test_a_prompt_goes_where_its_beginning_is() -> None:
     decision = bench.place(tokens=12_800, prefix=7)
     assert decision.worker == "d2"
     # The last token has to be computed whatever is cached.
-    assert predicted(decision, "d2")["cached_tokens"] == 12_799
+    assert predicted(decision, "d2")["cached_tokens"] == 12_672
 
 
 def test_a_prompt_follows_one_that_is_still_being_computed() -> None:
@@ -134,7 +144,9 @@ def test_a_prompt_follows_one_that_is_still_being_computed() -> None:
     before = bench.place(tokens=12_800, prefix=7).worker
     assert bench.place(tokens=12_800, prefix=7).worker == before
     bench.ended(1, None)
+    assert predicted(bench.place(tokens=12_800, prefix=7), before or "")["cached_tokens"] > 0
     bench.ended(2, None)
+    bench.ended(3, None)
     assert predicted(bench.place(tokens=12_800, prefix=7), before or "")["cached_tokens"] == 0
 
 
@@ -166,7 +178,22 @@ def test_a_prompt_that_is_cached_where_it_decodes_stays_there() -> None:
     assert (decision.reason, decision.prefill, decision.worker) == (Reason.SHORT_PROMPT, None, "d1")
 
 
-def test_a_full_cache_is_avoided_and_shared_blocks_count_once() -> None:
+def test_what_requests_share_fills_a_cache_once() -> None:
+    """50 requests of one prompt are far more than the cache holds, if each counted."""
+    bench = Bench("d1", "d2")
+    first = bench.pool.get(WorkerId("d1"))
+    assert first is not None
+    first.load = EngineLoad(running=50, kv_blocks_used=200, kv_blocks_total=3000)
+    bench.index.store("d1", addresses(7, 12_800))
+    chosen = []
+    for number in range(1, 51):
+        chosen.append(bench.place(tokens=12_800, prefix=7).worker)
+        bench.now_s += 0.1
+        bench.first_token(number)
+    assert chosen[:20] == ["d1"] * 20
+
+
+def test_a_full_cache_is_avoided() -> None:
     bench = Bench("d1", "d2", tie=0)
     full = bench.pool.get(WorkerId("d1"))
     assert full is not None
@@ -240,15 +267,80 @@ def test_all_that_is_counted_goes_when_all_have_ended(
     for number in range(1, 130):
         bench.ended(number, None)
     for forecast in bench.policy.forecasts.values():
-        assert (forecast.decodes, forecast.coming_tokens, forecast.prefills) == (0, 0, {})
+        assert forecast.idle
+        assert (forecast.running, forecast.coming_tokens) == (0, 0)
         assert forecast.context_tokens == pytest.approx(0, abs=1e-6)
+        assert forecast.running_context_tokens == pytest.approx(0, abs=1e-6)
         assert forecast.queue_s(bench.now_s) == 0
 
 
 def test_a_share_decays_over_its_window() -> None:
     forecast = Forecast()
-    forecast.add_prefill(0.0, RequestKey("0:a"), Part(WorkerId("d"), prefill_s=5.0), 10.0)
+    forecast.add_prefill(0.0, RequestKey("0:a"), part(5.0), 10.0)
     assert forecast.prefill_share(0.0, 10.0) == pytest.approx(0.5)
     assert forecast.prefill_share(10.0, 10.0) == pytest.approx(0.5 / math.e)
-    forecast.add_prefill(10.0, RequestKey("0:b"), Part(WorkerId("d"), prefill_s=99.0), 10.0)
+    forecast.add_prefill(10.0, RequestKey("0:b"), part(99.0), 10.0)
     assert forecast.prefill_share(10.0, 10.0) == LARGEST_SHARE
+
+
+def part(occupies_s: float) -> Part:
+    return Part(WorkerId("d"), occupies_s=occupies_s)
+
+
+def queued(*seconds: float) -> Forecast:
+    """Prompts a, b, c... that were placed at 100 s."""
+    forecast = Forecast()
+    for name, occupies_s in zip("abcd", seconds, strict=False):
+        forecast.add_prefill(100.0, RequestKey(name), part(occupies_s), 10.0)
+    return forecast
+
+
+def test_lateness_counts_once() -> None:
+    forecast = queued(1.0)
+    forecast.add_prefill(103.0, RequestKey("b"), part(1.0), 10.0)
+    forecast.end_prefill(103.5, RequestKey("a"))
+    assert forecast.queue_s(103.5) == pytest.approx(1.0)
+
+
+def test_one_that_leaves_the_middle_moves_those_behind_it() -> None:
+    forecast = queued(1.0, 2.0, 1.0)
+    forecast.end_prefill(100.1, RequestKey("b"))
+    assert forecast.queue_s(100.1) == pytest.approx(1.9)
+    assert forecast.prefills[RequestKey("a")].due_s == 101.0
+    assert forecast.prefills[RequestKey("c")].due_s == 102.0
+
+
+def test_one_that_leaves_half_done_saves_the_other_half() -> None:
+    forecast = queued(10.0, 1.0)
+    forecast.end_prefill(109.0, RequestKey("a"))
+    assert forecast.queue_s(109.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("at_once", [1, 30, 200])
+def test_the_learned_factor_is_that_of_the_engine(true: float, at_once: int) -> None:
+    """However many prompts were placed before the first of them told anything."""
+    bench = Bench("d1")
+    for prefix in range(at_once):
+        bench.place(tokens=12_800, prefix=prefix)
+    work_s = 12_800 * (20e-6 + 6400 * 1e-9)
+    for number in range(1, at_once + 1):
+        bench.now_s += true * work_s + 2 * 0.006
+        bench.first_token(number)
+    bench.place(tokens=12_800, prefix=999)
+    bench.now_s += 1.0
+    bench.first_token(at_once + 1)
+    # Bases are predicted as they were when each was placed, with what was to decode there.
+    assert bench.policy.prefill_factor.value == pytest.approx(true, rel=0.15)
+
+
+def test_workers_that_are_gone_are_forgotten() -> None:
+    bench = Bench("d1")
+    for number in range(1, 60):
+        name = WorkerId(f"gone{number}")
+        up = WorkerUp(name, Incarnation(1), Role.DECODE, ENGINE_TAG, BLOCK_TOKENS, 3000, 131_072)
+        gone = bench.pool.attach(up)
+        bench.place(prefix=number)
+        bench.ended(number, None)
+        bench.pool.remove(gone)
+    assert len(bench.policy.forecasts) < 25
