@@ -1,17 +1,20 @@
 """Goodput of Baton's placement beside its peers': `python -m benchmarks.goodput [--report]`.
 
 For each workload and policy on a simulated cluster: the highest rate at which 90 % (and 99 %) of
-requests meet both SLOs. Each policy, Baton's too, first gets the split into prefill and decode
-workers that serves it best, of those in PREFILL, by the first seed and at 90 %.
+requests meet both SLOs. Each policy, Baton's too, first gets the splits into prefill and decode
+workers that serve it best, of those in PREFILL, by the first seed, at 90 % and coarsely; with those
+that are as good as the best it is searched finely, and the best of these counts.
 
-Every evaluation is appended to `--store` (default benchmarks/results/goodput.jsonl) and never made
-twice, so the run can be broken off at any time and goes on where it was. `--report` prints the
-tables of what is there. Virtual time: other load on the machine changes nothing but the duration.
+Every search is appended to `--store` (default benchmarks/results/goodput.jsonl) and never made
+twice by the same code, so the run can be broken off at any time and goes on where it was.
+`--report` prints the tables of what is there. Virtual time: other load on the machine changes
+nothing but the duration.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -19,6 +22,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +30,12 @@ from benchmarks.report import table
 from benchmarks.workloads import LARGE, WORKLOADS
 from router.core.joint import Slo
 from simulator.cluster import Layout
-from simulator.experiment import OURS, POLICIES, run
+from simulator.experiment import OURS, POLICIES, Outcome, run
 from simulator.goodput import highest_rate
 from simulator.profiles import PROFILES
 from simulator.traces import BLOCK_TOKENS
 
+_ROOT: Final = Path(__file__).parents[1]
 MODELS: Final = {"8b": ("llama-3.1-8b-h100", 1.0, 1.0), "70b": ("llama-3.1-70b-h100x4", LARGE, 0.3)}
 """Profile, how much longer its SLOs are, and about how many times the 8B model's rate it serves."""
 ENGINES: Final = 8
@@ -53,6 +58,18 @@ class Cell:
     seed: int
     share: float
     precision: float
+    code: str
+    """What made it; see `code_digest`."""
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Of all that a result depends on besides the traces."""
+    digest = hashlib.blake2b(digest_size=6)
+    for folder in ("router/core", "kvstore", "engine", "simulator", "benchmarks"):
+        for path in sorted(_ROOT.joinpath(folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def search(cell: Cell, shared: Path, start_rps: float) -> tuple[float, list[dict[str, Any]]]:
@@ -72,72 +89,79 @@ def search(cell: Cell, shared: Path, start_rps: float) -> tuple[float, list[dict
             outcome = run(layout, cell.policy, slo, requests, cell.seed, misses_allowed=allowed)
             missed = outcome.measured.requests - outcome.measured.good
             known[rate_rps] = missed <= allowed
-            made.append(
-                {
-                    **asdict(cell), "rate_rps": rate_rps, "requests": len(requests),
-                    "missed": missed, "served": missed <= allowed,
-                    "hit_rate": round(outcome.hit_rate, 4),
-                    "ttft_mean_s": round(outcome.measured.ttft.mean_s, 4),
-                    "ttft_p99_s": round(outcome.measured.ttft.quantile_s(0.99), 4),
-                    "tpot_mean_s": round(outcome.measured.tpot.mean_s, 5),
-                    "tpot_p99_s": round(outcome.measured.tpot.quantile_s(0.99), 5),
-                }
-            )  # fmt: skip
+            made.append(_told(rate_rps, len(requests), missed, outcome, known[rate_rps]))
         return known[rate_rps]
 
     return highest_rate(serves, start_rps, LEAST_RPS, cell.precision), made
 
 
+def _told(
+    rate_rps: float, requests: int, missed: int, outcome: Outcome, served: bool
+) -> dict[str, Any]:
+    told: dict[str, Any] = {"rate_rps": rate_rps, "requests": requests, "missed": missed}
+    if served:  # A run that missed too many was left before its end.
+        measured = outcome.measured
+        told |= {
+            "lasted_s": round(outcome.duration_s, 1),
+            "hit_rate": round(outcome.hit_rate, 4),
+            "busy": round(statistics.mean(outcome.busy.values()), 3),
+            "ttft_mean_s": round(measured.ttft.mean_s, 4),
+            "ttft_p99_s": round(measured.ttft.quantile_s(0.99), 4),
+            "tpot_mean_s": round(measured.tpot.mean_s, 5),
+            "tpot_p99_s": round(measured.tpot.quantile_s(0.99), 5),
+        }
+    return told
+
+
 class Store:
-    """All evaluations so far."""
+    """All searches so far, one to a line; one that was cut off while it was written is none."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._made: dict[Cell, list[dict[str, Any]]] = {}
         self._found: dict[Cell, float] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
+        kept = ""
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+            if line.endswith("\n"):
                 self._take(json.loads(line))
+                kept += line
+        if path.exists():
+            path.write_text(kept)
 
     def goodput(self, cell: Cell) -> float | None:
         """Requests per second, if the search is over."""
         return self._found.get(cell)
 
-    def evaluations(self, cell: Cell) -> list[dict[str, Any]]:
-        """Of a search, as they were made."""
-        return self._made.get(cell, [])
-
     def add(self, cell: Cell, goodput_rps: float, made: list[dict[str, Any]]) -> None:
         """A search is over."""
-        lines = [*made, {**asdict(cell), "goodput_rps": round(goodput_rps, 4)}]
+        line = {**asdict(cell), "goodput_rps": round(goodput_rps, 4), "runs": made}
         with self._path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        for line in lines:
-            self._take(line)
+            file.write(json.dumps(line) + "\n")
+        self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
         cell = Cell(**{name: line[name] for name in Cell.__slots__})
-        if "goodput_rps" in line:
-            self._found[cell] = line["goodput_rps"]
-        else:
-            self._made.setdefault(cell, []).append(line)
+        self._found[cell] = line["goodput_rps"]
 
 
 def coarse_cells(model: str, workload: str, policies: Iterable[str]) -> Iterator[Cell]:
     """Which split is a policy's best?"""
     for policy in policies:
         for prefill in PREFILL:
-            yield Cell(model, workload, policy, prefill, 0, SHARES[0], COARSE)
+            yield Cell(model, workload, policy, prefill, 0, SHARES[0], COARSE, code_digest())
 
 
-def best_split(store: Store, model: str, workload: str, policy: str) -> tuple[int, float] | None:
-    """Prefill engines and goodput of a policy's best split; None while that is not known."""
-    found = [
-        (goodput, cell.prefill)
+def best_splits(store: Store, model: str, workload: str, policy: str) -> dict[int, float]:
+    """Goodput by prefill engines, of the splits that are as good as the best; empty while not all
+    are known."""
+    found = {
+        cell.prefill: goodput
         for cell in coarse_cells(model, workload, [policy])
         if (goodput := store.goodput(cell)) is not None
-    ]
-    return (max(found)[1], max(found)[0]) if len(found) == len(PREFILL) else None
+    }
+    if len(found) < len(PREFILL) or not any(found.values()):
+        return {}
+    enough = max(found.values()) / (1 + COARSE)
+    return {prefill: goodput for prefill, goodput in found.items() if goodput >= enough}
 
 
 def fine_cells(
@@ -145,11 +169,11 @@ def fine_cells(
 ) -> Iterator[tuple[Cell, float]]:
     """Searches with the best split, and where each begins."""
     for policy in policies:
-        best = best_split(store, model, workload, policy)
-        if best is not None and best[1] > 0:
+        for prefill, goodput in best_splits(store, model, workload, policy).items():
             for share in SHARES:
                 for seed in range(seeds):
-                    yield Cell(model, workload, policy, best[0], seed, share, FINE), best[1]
+                    cell = Cell(model, workload, policy, prefill, seed, share, FINE, code_digest())
+                    yield cell, goodput
 
 
 def work(store: Store, cells: list[tuple[Cell, float]], shared: Path, jobs: int) -> None:
@@ -157,11 +181,17 @@ def work(store: Store, cells: list[tuple[Cell, float]], shared: Path, jobs: int)
     todo = [(cell, start) for cell, start in cells if store.goodput(cell) is None]
     with ProcessPoolExecutor(jobs) as pool:
         futures = {pool.submit(search, cell, shared, start_rps): cell for cell, start_rps in todo}
+        failed = None
         for future in as_completed(futures):
             cell = futures[future]
+            if (error := future.exception()) is not None:
+                failed = error  # Raised once what the others found is kept.
+                continue
             goodput_rps, made = future.result()
             store.add(cell, goodput_rps, made)
             print(f"{cell}: {goodput_rps:.2f}/s in {len(made)} runs", file=sys.stderr, flush=True)
+        if failed is not None:
+            raise failed
 
 
 def report(store: Store, seeds: int) -> str:
@@ -189,20 +219,17 @@ def _rows(
     for workload in WORKLOADS:
         texts, means = {}, {}
         for policy in POLICIES:
-            cells = [
-                cell
-                for cell, _ in fine_cells(store, model, workload, [policy], seeds)
-                if cell.share == share
-            ]
-            values = [
-                goodput / gpus for cell in cells if (goodput := store.goodput(cell)) is not None
-            ]
-            if values:
-                means[policy] = statistics.mean(values)
-                texts[policy] = f"{_interval(values)} ({cells[0].prefill})"
+            splits: dict[int, list[float]] = {}
+            for cell, _ in fine_cells(store, model, workload, [policy], seeds):
+                if cell.share == share and (goodput := store.goodput(cell)) is not None:
+                    splits.setdefault(cell.prefill, []).append(goodput / gpus)
+            if splits:
+                best = max(splits, key=lambda prefill: statistics.mean(splits[prefill]))
+                means[policy] = statistics.mean(splits[best])
+                texts[policy] = f"{_interval(splits[best])} ({best})"
         if OURS in means and len(means) > 1:
-            best = max(mean for policy, mean in means.items() if policy != OURS)
-            texts["baton over the best peer"] = f"{means[OURS] / best:.2f}" if best else "only one"
+            peer = max(mean for policy, mean in means.items() if policy != OURS)
+            texts["baton over the best peer"] = f"{means[OURS] / peer:.2f}" if peer else "only one"
         if texts:
             yield workload, texts
 
