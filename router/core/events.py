@@ -103,6 +103,8 @@ class Shape:
     prompt_logprobs: bool = False
     output_tokens: int = 0
     """Generated so far."""
+    fetchable: bool = False
+    """Another worker holds the KV state of its prompt for it."""
     addresses: Sequence[bytes] = ()
     """Content addresses of the prompt's whole blocks (`kvstore.content`)."""
     kind: str = ""

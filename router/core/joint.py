@@ -102,6 +102,13 @@ class JointPlacement:
         tpot_slo_s = shape.tpot_slo_s or self._slo.tpot_s
         ask = _Asked(now_s, shape, held, length, context, ttft_slo_s, tpot_slo_s)
         there = [self._look(ask, worker) for worker in decode or prefill]
+        if shape.fetchable and decode:
+            fetching = [self._decode(ask, each) for each in there]
+            chosen = self._least(fetching)
+            self._count(ask, view, key, chosen, None, computed_on=None)
+            return Decision(
+                Reason.RESUME, shape.prompt_tokens, chosen.worker, None, _COMPARED, fetching
+            )
         whole = [self._whole(ask, each) for each in there]
         best_whole = self._least(whole)
         reason = self._stays_whole(view, shape, bool(prefill), bool(decode))
@@ -116,7 +123,7 @@ class JointPlacement:
                 chosen, first, reason = best_second, best_first, Reason.LONG_PROMPT
             else:
                 reason = Reason.SHORT_PROMPT
-        self._count(ask, view, key, chosen, first)
+        self._count(ask, view, key, chosen, first, computed_on=(first or chosen).worker)
         return Decision(
             reason, shape.prompt_tokens, chosen.worker, first.worker if first else None,
             _COMPARED, candidates,
@@ -259,24 +266,22 @@ class JointPlacement:
         return None
 
     def _count(
-        self, ask: _Asked, view: View, key: RequestKey, chosen: Candidate, first: Candidate | None
-    ) -> None:
-        computes = first or chosen
-        worker = view.pool.get(computes.worker)
-        assert worker is not None, "it was compared just now"
-        there = self._look(ask, worker)
+        self, ask: _Asked, view: View, key: RequestKey, chosen: Candidate,
+        first: Candidate | None, computed_on: WorkerId | None,
+    ) -> None:  # fmt: skip
         shape = ask.shape
         decoding = Part(chosen.worker, context_tokens=ask.context_tokens)
-        forecast = self.forecasts[chosen.worker]
-        forecast.will_decode(decoding)
-        computing = decoding if first is None else Part(first.worker)
-        computing.placed_s, computing.occupies_s = ask.now_s, there.occupies_s
-        computing.work_s, computing.base_s = there.work_s, there.base_s
-        self.forecasts[computes.worker].add_prefill(
-            ask.now_s, key, computing, self._weights.share_window_s
-        )
-        self._ahead.store(computes.worker, shape.addresses)
-        parts = [decoding] if first is None else [computing, decoding]
+        self.forecasts[chosen.worker].will_decode(decoding)
+        parts = [decoding] if first is None else [Part(first.worker), decoding]
+        if computed_on is not None:
+            worker = view.pool.get(computed_on)
+            assert worker is not None, "it was compared just now"
+            there, computing = self._look(ask, worker), parts[0]
+            computing.placed_s, computing.occupies_s = ask.now_s, there.occupies_s
+            computing.work_s, computing.base_s = there.work_s, there.base_s
+            window_s = self._weights.share_window_s
+            there.forecast.add_prefill(ask.now_s, key, computing, window_s)
+            self._ahead.store(computed_on, shape.addresses)
         for part in parts:
             part.coming_tokens = ask.tokens - ask.held.get(part.worker, 0)
             self.forecasts[part.worker].coming_tokens += part.coming_tokens

@@ -73,7 +73,8 @@ class Moves:
             return
         shape = request.shape
         if request.position:
-            shape = replace(shape, output_tokens=request.position)
+            fetchable = bool(request.manifest)
+            shape = replace(shape, output_tokens=request.position, fetchable=fetchable)
         decision = self._placement.place(now_s, self._view, request.key, shape)
         if decision is None:
             self.waiting[request.key] = request

@@ -217,6 +217,18 @@ def test_what_is_never_split(
     assert (decision.reason, decision.prefill) == (reason, None)
 
 
+def test_what_can_be_fetched_is_not_computed_again() -> None:
+    bench = Bench("p1", "d1", "d2")
+    decision = bench.place(tokens=12_800, output_tokens=1, fetchable=True)
+    assert (decision.reason, decision.prefill) == (Reason.RESUME, None)
+    assert predicted(decision, "d1")["prefill_s"] == 0
+    assert not bench.policy.forecasts[WorkerId(decision.worker or "")].prefills
+    bench.first_token(1)
+    assert bench.policy.forecasts[WorkerId(decision.worker or "")].running == 1
+    bench.ended(1)
+    assert bench.policy.forecasts[WorkerId(decision.worker or "")].idle
+
+
 def test_nobody_is_nobody() -> None:
     bench = Bench()
     shape = Shape(10, None)
