@@ -29,7 +29,14 @@ from router.core.ahead import Ahead
 from router.core.events import Role, Shape
 from router.core.forecast import LARGEST_SHARE, Forecast, Part
 from router.core.output_lengths import OutputLengths
-from router.core.placement import Candidate, Decision, Reason, TieBreak, View
+from router.core.placement import (
+    Candidate,
+    Decision,
+    Reason,
+    TieBreak,
+    View,
+    never_split_because,
+)
 from router.core.workers import Worker
 
 _GONE_KEPT: Final = 16
@@ -111,7 +118,9 @@ class JointPlacement:
             )
         whole = [self._whole(ask, each) for each in there]
         best_whole = self._least(whole)
-        reason = self._stays_whole(view, shape, bool(prefill), bool(decode))
+        reason: Reason | None = Reason.DECODE_DOWN
+        if decode:
+            reason = never_split_because(view, shape, bool(prefill))
         candidates = whole
         chosen, first = best_whole, None
         if reason is None:
@@ -120,9 +129,9 @@ class JointPlacement:
             candidates = whole + firsts + seconds
             best_first, best_second = self._least(firsts), self._least(seconds)
             if best_first.cost + best_second.cost < best_whole.cost:
-                chosen, first, reason = best_second, best_first, Reason.LONG_PROMPT
+                chosen, first, reason = best_second, best_first, Reason.SPLIT_COSTS_LESS
             else:
-                reason = Reason.SHORT_PROMPT
+                reason = Reason.WHOLE_COSTS_LESS
         self._count(ask, view, key, chosen, first, computed_on=(first or chosen).worker)
         return Decision(
             reason, shape.prompt_tokens, chosen.worker, first.worker if first else None,
@@ -249,21 +258,6 @@ class JointPlacement:
         least = min(each.cost for each in candidates)
         best = [each for each in candidates if each.cost == least]
         return best[self._tie_break(len(best)) if len(best) > 1 else 0]
-
-    def _stays_whole(
-        self, view: View, shape: Shape, prefill_up: bool, decode_up: bool
-    ) -> Reason | None:
-        if not decode_up:
-            return Reason.DECODE_DOWN
-        if shape.output_tokens:
-            return Reason.RESUME
-        if not prefill_up:
-            return Reason.PREFILL_DOWN if view.expect_prefill else Reason.NO_PREFILL_POOL
-        if shape.prompt_logprobs:
-            return Reason.PROMPT_LOGPROBS
-        if shape.max_tokens == 1:
-            return Reason.ONE_TOKEN
-        return None
 
     def _count(
         self, ask: _Asked, view: View, key: RequestKey, chosen: Candidate,

@@ -32,6 +32,9 @@ class Reason(StrEnum):
     LONG_PROMPT = "long_prompt"
     """Split: its prompt is long enough for a prefill worker."""
     SHORT_PROMPT = "short_prompt"
+    SPLIT_COSTS_LESS = "split_costs_less"
+    """By what was predicted, as the next."""
+    WHOLE_COSTS_LESS = "whole_costs_less"
     PROMPT_LOGPROBS = "prompt_logprobs"
     """Whole: what it asks of the prompt can't be handed over."""
     ONE_TOKEN = "one_token"
@@ -147,7 +150,9 @@ class LeastPredictedWork(Uncounted):
         decode = view.pool.usable(Role.DECODE)
         if not decode:
             return self._whole(view, shape, Reason.DECODE_DOWN, prefill)
-        whole_because = _whole_because(view, shape, bool(prefill))
+        whole_because = never_split_because(view, shape, bool(prefill))
+        if whole_because is None and shape.prompt_tokens <= view.local_prefill_max_tokens:
+            whole_because = Reason.SHORT_PROMPT
         if whole_because is not None:
             return self._whole(view, shape, whole_because, decode)
         first, compared = self._least(prefill)
@@ -192,7 +197,8 @@ def _candidate(worker: Worker) -> Candidate:
     return Candidate(worker.id, worker.role, work, numbers)
 
 
-def _whole_because(view: View, shape: Shape, prefill_up: bool) -> Reason | None:
+def never_split_because(view: View, shape: Shape, prefill_up: bool) -> Reason | None:
+    """Why no policy can split it; None if one may."""
     if shape.output_tokens:
         return Reason.RESUME
     if not prefill_up:
@@ -201,8 +207,6 @@ def _whole_because(view: View, shape: Shape, prefill_up: bool) -> Reason | None:
         return Reason.PROMPT_LOGPROBS
     if shape.max_tokens == 1:
         return Reason.ONE_TOKEN
-    if shape.prompt_tokens <= view.local_prefill_max_tokens:
-        return Reason.SHORT_PROMPT
     return None
 
 

@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 
 from protos.ids import RequestKey, WorkerId
 from router.core.events import Role, Shape
-from router.core.placement import Candidate, Decision, Reason, View
+from router.core.placement import Candidate, Decision, Reason, View, never_split_because
 from router.core.workers import Worker
 from simulator.baselines.counting import Counts
 from simulator.baselines.setup import Setup
@@ -109,7 +109,7 @@ class PeerPolicy(ABC):
         ask = Ask(now_s, view, shape)
         if not decode:
             return self._place_whole(ask, key, Reason.DECODE_DOWN, prefill) if prefill else None
-        reason = _whole_because(view, shape, bool(prefill))
+        reason = never_split_because(view, shape, bool(prefill))
         if reason is None:
             return self._place_split(ask, key, prefill, decode)
         if reason is Reason.RESUME and prefill:
@@ -176,15 +176,3 @@ class PeerPolicy(ABC):
             reason, ask.shape.prompt_tokens, worker, prefill, self.compared, candidates,
             self.split_above_tokens,
         )  # fmt: skip
-
-
-def _whole_because(view: View, shape: Shape, prefill_up: bool) -> Reason | None:
-    if shape.output_tokens:
-        return Reason.RESUME
-    if not prefill_up:
-        return Reason.PREFILL_DOWN if view.expect_prefill else Reason.NO_PREFILL_POOL
-    if shape.prompt_logprobs:
-        return Reason.PROMPT_LOGPROBS
-    if shape.max_tokens == 1:
-        return Reason.ONE_TOKEN
-    return None

@@ -168,14 +168,22 @@ def test_a_long_prompt_is_kept_from_those_who_decode() -> None:
         bench.now_s += 0.2
         bench.first_token(number + 1)
     decision = bench.place(tokens=25_600, prefix=99)
-    assert (decision.reason, decision.prefill, decision.worker) == (Reason.LONG_PROMPT, "p1", "d1")
+    assert (decision.reason, decision.prefill, decision.worker) == (
+        Reason.SPLIT_COSTS_LESS,
+        "p1",
+        "d1",
+    )
 
 
 def test_a_prompt_that_is_cached_where_it_decodes_stays_there() -> None:
     bench = Bench("p1", "d1")
     bench.index.store("d1", addresses(7, 2560))
     decision = bench.place(tokens=2560, prefix=7)
-    assert (decision.reason, decision.prefill, decision.worker) == (Reason.SHORT_PROMPT, None, "d1")
+    assert (decision.reason, decision.prefill, decision.worker) == (
+        Reason.WHOLE_COSTS_LESS,
+        None,
+        "d1",
+    )
 
 
 def test_what_requests_share_fills_a_cache_once() -> None:
