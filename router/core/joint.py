@@ -32,6 +32,7 @@ from router.core.output_lengths import OutputLengths
 from router.core.placement import (
     Candidate,
     Decision,
+    Predicted,
     Reason,
     TieBreak,
     View,
@@ -114,8 +115,9 @@ class JointPlacement:
             chosen = self._least(fetching)
             self._count(ask, view, key, chosen, None, computed_on=None)
             return Decision(
-                Reason.RESUME, shape.prompt_tokens, chosen.worker, None, _COMPARED, fetching
-            )
+                Reason.RESUME, shape.prompt_tokens, chosen.worker, None, _COMPARED, fetching,
+                predicted=Predicted(None, chosen.numbers[_TPOT]),
+            )  # fmt: skip
         whole = [self._whole(ask, each) for each in there]
         best_whole = self._least(whole)
         reason: Reason | None = Reason.DECODE_DOWN
@@ -136,6 +138,7 @@ class JointPlacement:
         return Decision(
             reason, shape.prompt_tokens, chosen.worker, first.worker if first else None,
             _COMPARED, candidates,
+            predicted=Predicted((first or chosen).numbers[_TTFT], chosen.numbers[_TPOT]),
         )  # fmt: skip
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
@@ -283,6 +286,8 @@ class JointPlacement:
 
 
 _COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "ttft_s", "tpot_s")
+_TTFT: Final = _COMPARED.index("ttft_s")
+_TPOT: Final = _COMPARED.index("tpot_s")
 
 
 @dataclass(frozen=True, slots=True)

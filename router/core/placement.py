@@ -59,6 +59,14 @@ class Candidate(NamedTuple):
     """By `Decision.compared`."""
 
 
+class Predicted(NamedTuple):
+    """What a decision expects of its request, from when it was made."""
+
+    ttft_s: float | None
+    """None of one whose first token is made."""
+    tpot_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Who runs a request. Without `prefill` it runs on `worker` as a whole."""
@@ -73,6 +81,8 @@ class Decision:
     candidates: Sequence[Candidate]
     local_prefill_max_tokens: int | None = None
     """What the prompt's length was held against, if it was."""
+    predicted: Predicted | None = None
+    """By policies that predict times."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -82,6 +92,7 @@ class Decision:
             "worker": self.worker,
             "prefill": self.prefill,
             "local_prefill_max_tokens": self.local_prefill_max_tokens,
+            "predicted": None if self.predicted is None else self.predicted._asdict(),
             "candidates": [
                 {
                     "worker": each.worker,
