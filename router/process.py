@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -324,6 +325,11 @@ async def _run(paths: UnitPaths, settings: RouterSettings) -> int:
     return await RouterProcess(paths, settings).run()
 
 
+def _show_name(name: str) -> None:
+    """In `ps` and `top`: 15 characters at most."""
+    Path("/proc/self/comm").write_text(name)
+
+
 def main() -> None:
     """Run the router process of the unit that the command line names."""
     directory, *flags = sys.argv[1:] or [""]
@@ -337,8 +343,10 @@ def main() -> None:
         _load_http_api()
         gc.collect()
         gc.freeze()
+        _show_name("router-standby")
         if not os.read(0, 1):
             return  # Nobody needs it any more.
+    _show_name("router")
     paths = UnitPaths(directory)
     status = uvloop.run(_run(paths, load_router(paths.router_settings)))
     # What is left are threads of libraries, which nothing needs to wait for.
