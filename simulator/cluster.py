@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Final
 
 from protos.ids import RequestKey, TicketId, WorkerId
@@ -26,8 +27,12 @@ from router.core.events import (
     Shape,
     SnapshotTaken,
     Submit,
+    Terms,
     Tick,
+    TicketAsked,
+    TicketRefused,
 )
+from router.core.gate import NOTHING_PROMISED, Promises
 from router.core.moves import CoreSettings
 from router.core.placement import Placement
 from router.core.router import RouterCore
@@ -36,7 +41,8 @@ from simulator.traces import BLOCK_TOKENS, TracedRequest
 from simulator.worker import Asked, SimulatedWorker
 
 TICK_S: Final = 0.5
-_TICKET: Final = TicketId("simulated")
+_PATH: Final = "/v1/completions"
+_BYTES_PER_TOKEN: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +59,15 @@ class Layout:
 
 
 class Cluster:
-    """One router and its workers. `on_end` is told of every request."""
+    """One router and its workers. `on_end` is told of every request that was let in."""
 
     def __init__(
-        self, layout: Layout, placement: Placement, on_end: Callable[[Ended], None]
+        self,
+        layout: Layout,
+        placement: Placement,
+        on_end: Callable[[Ended], None],
+        on_refusal: Callable[[], None] = lambda: None,
+        promises: Promises = NOTHING_PROMISED,
     ) -> None:
         self.now_s = 0.0
         self.under_way = 0
@@ -66,6 +77,8 @@ class Cluster:
         """When the last request did."""
         self._layout = layout
         self._on_end = on_end
+        self._on_refusal = on_refusal
+        self._bodies = Random(0)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._made = 0
         self._asked: dict[RequestKey, Asked] = {}
@@ -75,6 +88,7 @@ class Cluster:
             kept_records=1,
             max_requests=1 << 30,
             index_block_tokens=layout.block_tokens,
+            promises=promises,
         )
         self.router = RouterCore(settings, placement)
         manifests: dict[bytes, dict[str, object]] = {}
@@ -137,8 +151,23 @@ class Cluster:
         hashes = prompt_hashes(request, self._layout.block_tokens)
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
         # The output's length is nobody's to know.
-        shape = Shape(request.input_tokens, None, addresses=hashes, kind=request.client)
-        self._feed(RequestArrived(key, Demand(shape, b""), _TICKET))
+        ticket = TicketId(key)
+        terms = Terms(body_bytes=self._body_bytes(request), tenant=request.client)
+        for command in self.router.handle(self.now_s, TicketAsked(ticket, "POST", _PATH, terms)):
+            if isinstance(command, TicketRefused):
+                self._refused(key)
+                return
+        shape = Shape(request.input_tokens, None, addresses=hashes)
+        self._feed(RequestArrived(key, Demand(shape, b""), ticket))
+
+    def _body_bytes(self, request: TracedRequest) -> int:
+        """Texts differ in how many bytes a token is: before it is tokenised nobody knows."""
+        return round(request.input_tokens * _BYTES_PER_TOKEN * self._bodies.lognormvariate(0, 0.15))
+
+    def _refused(self, key: RequestKey) -> None:
+        self.under_way -= 1
+        del self._asked[key]
+        self._on_refusal()
 
     # The router
 

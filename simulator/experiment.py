@@ -10,6 +10,7 @@ from typing import Final
 from engine.latency_model import StepTimes
 from protos.errors import ConfigError, nearest
 from protos.ids import WorkerId
+from router.core.gate import Promises
 from router.core.joint import JointPlacement, Slo, Weights
 from router.core.placement import Placement
 from simulator.baselines import BASELINES, Setup
@@ -86,7 +87,10 @@ def run(
         knobs=knobs or {},
     )
     measured = Measurement(slo)
-    cluster = Cluster(layout, policy_named(policy)(setup, slo), measured.observe)
+    promises = Promises(slo.ttft_s, slo.tpot_s)
+    cluster = Cluster(
+        layout, policy_named(policy)(setup, slo), measured.observe, measured.refuse, promises
+    )
     if misses_allowed is None:
         cluster.run(requests)
     else:

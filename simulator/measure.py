@@ -63,6 +63,8 @@ class Measurement:
     requests: int = 0
     good: int = 0
     failed: int = 0
+    refused: int = 0
+    """At the ticket: their clients were told at once."""
     output_tokens: int = 0
 
     def observe(self, ended: Ended) -> None:
@@ -77,6 +79,17 @@ class Measurement:
         if tpot_s is not None:
             self.tpot.observe(tpot_s)
         self.good += ttft_s <= self.slo.ttft_s and (tpot_s is None or tpot_s <= self.slo.tpot_s)
+
+    def refuse(self) -> None:
+        """Count a request that was not let in."""
+        self.requests += 1
+        self.refused += 1
+
+    @property
+    def late(self) -> float:
+        """Of those that were let in, the share that was not served as promised."""
+        let_in = self.requests - self.refused
+        return 1 - self.good / let_in if let_in else 0.0
 
     @property
     def attainment(self) -> float:

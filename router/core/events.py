@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from msgspec import Struct
 
@@ -37,6 +37,14 @@ class Finish(IntEnum):
     REPETITION = 5
     REFUSED = 6
     """By the worker: the request can't be run anywhere."""
+
+
+class Priority(StrEnum):
+    """What a request says of itself: who goes first, and who is refused first."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
 
 
 class End(StrEnum):
@@ -112,6 +120,24 @@ class Shape:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     """What it asks for itself."""
+    cached_tokens: int = 0
+    """While its addresses are not known: how many of its prompt's tokens are thought to be cached,
+    wherever it goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request's headers say of it, before its body is read."""
+
+    body_bytes: int | None = None
+    """None if it comes in chunks."""
+    tenant: str = ""
+    priority: Priority = Priority.NORMAL
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+
+
+NO_TERMS: Final = Terms()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +204,7 @@ class TicketAsked:
     ticket: TicketId
     method: str
     path: str
+    terms: Terms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,9 @@ from typing import Final
 
 from protos.errors import BatonError
 from protos.ids import Attempt, RequestKey, split_request_key
+from router.core.backlog import Waiting
 from router.core.events import Shape
+from router.core.placement import Expected
 from router.core.records import Record, TicketStory
 from router.core.workers import Reservation, Worker
 
@@ -108,6 +110,10 @@ class Request:
     state: State
     since_s: float
     """When it entered its state."""
+    waits: Waiting
+    """As what it waits while it is new."""
+    expected: Expected | None = None
+    """What it was let in with."""
     delivered: int = 0
     position: int = 0
     unknown_tokens: int = 0

@@ -13,13 +13,15 @@ from typing import Final
 from kvstore.index import KvIndex
 from protos.ids import Attempt, RequestKey, WorkerId
 from router.core.admission import too_long
+from router.core.backlog import Backlog
 from router.core.deadlines import Deadlines
 from router.core.endings import Endings
 from router.core.events import Command, End, Ended, Fault, Submit
+from router.core.gate import NOTHING_PROMISED, Gate, Promises, kind_of
 from router.core.lifecycle import Engagement, Request, State, Trigger
 from router.core.outbox import Counts, Outbox
 from router.core.placement import Decision, Placement, View
-from router.core.records import AttemptRecord
+from router.core.records import AttemptRecord, TicketStory
 from router.core.workers import Reservation, Worker, WorkerPool
 
 MAX_DEATHS: Final = 2
@@ -35,6 +37,7 @@ class CoreSettings:
     kept_records: int = 10_000
     max_requests: int = 10_000
     """So many under way, no more tickets are given."""
+    promises: Promises = NOTHING_PROMISED
     index_block_tokens: int = 128
     """What one entry of the KV index stands for."""
     index_entries: int = 2_000_000
@@ -48,8 +51,12 @@ class Moves:
 
     def __init__(self, settings: CoreSettings, placement: Placement, pool: WorkerPool) -> None:
         self.requests: dict[RequestKey, Request] = {}
-        self.waiting: dict[RequestKey, Request] = {}
-        """Those on no worker, oldest first."""
+        self.backlog = Backlog()
+        """Those that have not begun and wait for their turn."""
+        self.stranded: dict[RequestKey, Request] = {}
+        """Those that have begun and that no worker can take, oldest first."""
+        self._looks_due = False
+        """Something changed, so that one of the backlog may be placed."""
         self.counts = Counts()
         self.outbox = Outbox(self.counts)
         self.endings = Endings()
@@ -62,27 +69,61 @@ class Moves:
             pool, self.index, settings.index_block_tokens, settings.expect_prefill,
             settings.local_prefill_max_tokens,
         )  # fmt: skip
+        self.gate = Gate(settings.promises, placement, self._view, self.backlog)
 
     # Placing and submitting
 
-    def place(self, now_s: float, request: Request) -> None:
-        """Decide, reserve and submit; a request that nobody can take waits."""
+    def enter(self, now_s: float, request: Request) -> None:
+        """A new request: it is placed at once, or waits for its turn."""
+        if self.backlog:
+            self.backlog.add(request.key, request.waits)
+            self.look_again()
+        else:
+            self.place(now_s, request)
+
+    def place_waiting(self, now_s: float) -> None:
+        """Those whose turn it is, while there is room for them; only if something changed."""
+        if not self._looks_due:
+            return
+        self._looks_due = False
+        for request in list(self.stranded.values()):
+            self.place(now_s, request)
+        while (key := self.backlog.next(now_s)) is not None:
+            if not self.place(now_s, self.requests[key]):
+                return
+
+    def look_again(self) -> None:
+        """Who waits may be placed now."""
+        self._looks_due = True
+
+    def place(self, now_s: float, request: Request) -> bool:
+        """Decide, reserve and submit. Whether it is placed, or over: else it waits."""
         problem = too_long(request.shape, self.pool.max_model_len_tokens)
         if problem is not None:
             self.fail(now_s, request, Fault.REFUSED, problem)
-            return
+            return True
         shape = request.shape
         if request.position:
             fetchable = bool(request.manifest)
             shape = replace(shape, output_tokens=request.position, fetchable=fetchable)
         decision = self._placement.place(now_s, self._view, request.key, shape)
         if decision is None:
-            self.waiting[request.key] = request
-            return
-        self.waiting.pop(request.key, None)
+            if request.position:
+                self.stranded[request.key] = request
+            else:
+                self.backlog.add(request.key, request.waits)
+            return False
+        self._waits_no_more(request)
         request.record.decisions.append(decision)
         self.counts.decisions[decision.reason] += 1
+        if not request.position:
+            self.backlog.charge(request.waits.tenant, shape.prompt_tokens)
         self._carry_out(now_s, request, decision)
+        return True
+
+    def _waits_no_more(self, request: Request) -> None:
+        self.backlog.remove(request.key)
+        self.stranded.pop(request.key, None)
 
     def _carry_out(self, now_s: float, request: Request, decision: Decision) -> None:
         worker = self._chosen(decision.worker)
@@ -163,10 +204,12 @@ class Moves:
         """Its prompt is computed."""
         request.release_prefill()
         self._placement.first_token(now_s, request.key)
+        self.look_again()
 
     def _unassign(self, now_s: float, request: Request) -> None:
         request.unassign()
         self._placement.ended(now_s, request.key, None)
+        self.look_again()
 
     def place_again(self, now_s: float, request: Request, why: str) -> None:
         """It is on no worker any more: find another."""
@@ -211,8 +254,9 @@ class Moves:
         request.release()
         whole = request.position if end is End.COMPLETE else None
         self._placement.ended(now_s, request.key, whole)
+        self.look_again()
         del self.requests[request.key]
-        self.waiting.pop(request.key, None)
+        self._waits_no_more(request)
         for engagement in request.engagements:
             if engagement is fetched_from and reader_was_told:
                 self.outbox.release_later(now_s, request, engagement)
@@ -227,12 +271,29 @@ class Moves:
                 self.outbox.forget_later(now_s, request.key, engagement)
         record = request.record
         record.ended_s, record.end, record.error, record.fault = now_s, end, why, fault
+        self._learn_size(request.story)
         ended = _ended(request, end, now_s)
+        if request.expected is not None and end is End.COMPLETE:
+            self.gate.learn(request.expected, request.story.terms, ended)
         told: Command | None = ended
         if end is End.CANCELLED:
             told = self.endings.aborted(now_s, record, request.story, ended)
         if told is not None:
             self.outbox.note(told)
+
+    def _learn_size(self, story: TicketStory) -> None:
+        """Once all that one body asked for is over."""
+        if story.under_way:
+            return
+        uses = [
+            (record.prompt_tokens, use.cached_tokens)
+            for record in story.requests
+            if record.attempts and (use := record.attempts[0].prompt_use) is not None
+        ]
+        if len(uses) == len(story.requests):
+            tokens, cached = map(sum, zip(*uses, strict=True))
+            kind = kind_of(story.terms, story.path)
+            self.gate.sizes.observe(kind, story.terms.body_bytes, tokens, cached)
 
     # Loss
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from router.core.backlog import OUTPUT_WEIGHT
 from router.core.events import Fault, Finish, OutputReport
 from router.core.lifecycle import Request, State, Trigger
 from router.core.moves import Moves
@@ -64,6 +65,8 @@ class OutputIntake:
             return False
         else:
             request.tokens += output.token_ids[position - first :]
+        made = end - position
+        self._moves.backlog.charge(request.waits.tenant, OUTPUT_WEIGHT * made)
         request.position = request.record.output_tokens = end
         request.asked_from = -1
         return True

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from kvstore.index import KvIndex
 from protos.ids import RequestKey, WorkerId
+from router.core.backlog import Before
 from router.core.events import Role, Shape
 from router.core.workers import Worker, WorkerPool
 
@@ -118,6 +119,17 @@ class View:
     local_prefill_max_tokens: int
 
 
+class Expected(NamedTuple):
+    """What a request would get that comes now."""
+
+    ttft_s: float
+    tpot_s: float
+    """Once it decodes, among those that will then."""
+    prefill_s: float
+    """Of its prompt alone."""
+    output_tokens: float
+
+
 class Placement(Protocol):
     """A policy. What it counts, it counts by what it is told here.
 
@@ -125,8 +137,14 @@ class Placement(Protocol):
     """
 
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
-        """Who runs it; None if nobody can. A request that has tokens (`shape.output_tokens`) goes
-        on, on the worker that is chosen, as a whole."""
+        """Who runs it; None if nobody can, or not yet: it will be asked again. A request that has
+        tokens (`shape.output_tokens`) goes on, on the worker that is chosen, as a whole, and is
+        never put off."""
+        ...
+
+    def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
+        """What a new request would get behind what waits before it; nothing is counted. None of a
+        policy that can't tell, or while nobody can run it."""
         ...
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
@@ -139,7 +157,15 @@ class Placement(Protocol):
         ...
 
 
-class Uncounted:
+class Unpredicting:
+    """For policies that can't tell what a request would get: nothing is refused early by them."""
+
+    def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
+        """It can't."""
+        return None
+
+
+class Uncounted(Unpredicting):
     """For policies that count nothing of their own."""
 
     def first_token(self, now_s: float, key: RequestKey) -> None:

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from protos.ids import RequestKey, TicketId, WorkerId
-from router.core.events import EdgeEnded, End, Fault, PromptUse
+from router.core.events import NO_TERMS, EdgeEnded, End, Fault, PromptUse, Terms, TicketAsked
 from router.core.placement import Decision
 
 TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{44}(?![0-9a-f])")
 """A ticket id, within the ids that fronts make of it: `cmpl-TICKET-0`, `chatcmpl-TICKET`."""
 
 
-_WITHOUT_ENGINE: Final = frozenset(("/tokenize", "/detokenize"))
+WITHOUT_ENGINE: Final = frozenset(("/tokenize", "/detokenize"))
 """Fronts answer these by themselves: there will be nothing to tell."""
 
 
@@ -99,6 +99,7 @@ class TicketStory:
     asked_s: float
     method: str = ""
     path: str = ""
+    terms: Terms = NO_TERMS
     edge_end: EdgeEnded | None = None
     requests: list[Record] = field(default_factory=list)
 
@@ -120,12 +121,17 @@ class TicketStory:
             "asked_at": self.asked_s + wall_offset_s,
             "method": self.method,
             "path": self.path,
+            "priority": self.terms.priority,
             "edge": {
                 "status": self.edge_end.status if self.edge_end else "",
                 "termination": self.edge_end.termination if self.edge_end else "",
             },
             "requests": [record.as_json(wall_offset_s) for record in self.requests],
         }
+
+
+_LOOKED_AT: Final = 2
+"""Of the oldest stories, with each that is added."""
 
 
 class RecordBook:
@@ -135,10 +141,10 @@ class RecordBook:
         self._kept = kept
         self._stories: OrderedDict[str, TicketStory] = OrderedDict()
 
-    def open_ticket(self, now_s: float, ticket: TicketId, method: str, path: str) -> None:
+    def open_ticket(self, now_s: float, asked: TicketAsked) -> None:
         """The edge was given a ticket."""
-        if path not in _WITHOUT_ENGINE:
-            self._add(TicketStory(ticket, now_s, method, path))
+        if asked.path not in WITHOUT_ENGINE:
+            self._add(TicketStory(asked.ticket, now_s, asked.method, asked.path, asked.terms))
 
     def add(self, ticket: TicketId | None, record: Record) -> TicketStory:
         """A request came with this ticket, or without a valid one."""
@@ -165,7 +171,8 @@ class RecordBook:
     def _add(self, story: TicketStory) -> None:
         self._stories[story.id] = story
         excess = len(self._stories) - self._kept
-        for _ in range(max(0, excess)):
+        # While all of many are under way, each comes up in its turn: none is looked for.
+        for _ in range(min(max(0, excess), _LOOKED_AT)):
             _, oldest = self._stories.popitem(last=False)
             if oldest.under_way:
                 self._stories[oldest.id] = oldest

@@ -11,6 +11,7 @@ before it (`recovery`).
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import replace
 from typing import Any, Final
 
 from kvstore.index_feed import CacheSnapshot, IndexFeed
@@ -39,11 +40,12 @@ from router.core.events import (
     WorkerLinkBroken,
     WorkerUp,
 )
+from router.core.gate import kind_of
 from router.core.lifecycle import Request, State
 from router.core.moves import CoreSettings, Moves
 from router.core.outputs import OutputIntake
 from router.core.placement import Placement
-from router.core.records import Record, RecordBook
+from router.core.records import WITHOUT_ENGINE, Record, RecordBook
 from router.core.recovery import WAIT_S, Recovery
 from router.core.workers import Worker, WorkerPool
 
@@ -66,6 +68,7 @@ class RouterCore:
         self._feeds: dict[WorkerId, IndexFeed] = {}
         self._outputs = OutputIntake(self.moves, self.recovery)
         self._started_s: float | None = None
+        self._none_usable_since_s: float | None = None
         self._handlers: dict[type, Callable[[float, Any], Command | None]] = {
             RequestArrived: self._request_arrived,
             SnapshotTaken: self._snapshot_taken,
@@ -87,6 +90,7 @@ class RouterCore:
         if self._started_s is None:
             self._started_s = now_s
         answer = self._handlers[type(event)](now_s, event)
+        self.moves.place_waiting(now_s)
         commands = self.moves.outbox.take()
         return commands if answer is None else [*commands, answer]
 
@@ -109,7 +113,7 @@ class RouterCore:
         if problem is not None:
             self.moves.fail(now_s, request, Fault.REFUSED, problem)
         else:
-            self.moves.place(now_s, request)
+            self.moves.enter(now_s, request)
 
     def _open(self, now_s: float, event: RequestArrived | RequestRecovered) -> Request:
         demand = event.demand
@@ -120,7 +124,15 @@ class RouterCore:
         )  # fmt: skip
         record.note(now_s, "arrived")
         story = self.book.add(event.ticket, record)
-        opened = Request(event.key, demand.payload, shape, record, story, State.WAITING, now_s)
+        terms = story.terms
+        shape = replace(
+            shape, kind=kind_of(terms, story.path), ttft_slo_s=terms.ttft_slo_s,
+            tpot_slo_s=terms.tpot_slo_s,
+        )  # fmt: skip
+        waits, expected = self.moves.gate.arrived(now_s, event.ticket, terms, shape.prompt_tokens)
+        opened = Request(
+            event.key, demand.payload, shape, record, story, State.WAITING, now_s, waits, expected
+        )
         self.moves.requests[event.key] = opened
         if event.deadline_s is not None:
             self.moves.deadlines.add(event.deadline_s, event.key)
@@ -162,8 +174,13 @@ class RouterCore:
             self.moves.counts.refused_tickets += 1
             message = f"{self.settings.max_requests} requests are under way; try again later."
             return TicketRefused(429, BUSY_RETRY_AFTER_S, message)
+        if event.path not in WITHOUT_ENGINE:
+            refused = self.moves.gate.ask(now_s, event)
+            if refused is not None:
+                self.moves.counts.refused_tickets += 1
+                return refused
         self.moves.counts.tickets += 1
-        self.book.open_ticket(now_s, event.ticket, event.method, event.path)
+        self.book.open_ticket(now_s, event)
         return TicketGranted(event.ticket)
 
     def _worker_may_come(self, now_s: float) -> bool:
@@ -190,7 +207,7 @@ class RouterCore:
         self._feed_of(worker).end()
         self._compare_held(now_s, worker, event.held)
         self.recovery.proceed(now_s)
-        self._place_waiting(now_s)
+        self.moves.look_again()
 
     def _compare_held(self, now_s: float, worker: Worker, held: tuple[HeldAttempt, ...]) -> None:
         """Go on with what both know of, end what only the worker knows, lose what only we do."""
@@ -284,7 +301,7 @@ class RouterCore:
     def _membership_changed(self, now_s: float, event: MembershipChanged) -> None:
         self.pool.change_members(event.members)
         self.recovery.proceed(now_s)
-        self._place_waiting(now_s)
+        self.moves.look_again()
 
     # Time
 
@@ -296,14 +313,21 @@ class RouterCore:
         for key in self.moves.deadlines.due(now_s):
             if (late := self.moves.requests.get(key)) is not None:
                 self.moves.fail(now_s, late, Fault.DEADLINE, _DEADLINE)
-        for request in list(self.moves.waiting.values()):
-            if now_s - request.since_s >= NO_WORKER_WAIT_S:
+        self.moves.look_again()
+        self._give_up_waiting(now_s)
+
+    def _give_up_waiting(self, now_s: float) -> None:
+        """Those that wait although there is a worker wait for their turn."""
+        if self.pool.any_usable:
+            self._none_usable_since_s = None
+            return
+        if self._none_usable_since_s is None:
+            self._none_usable_since_s = now_s
+        keys = [*self.moves.stranded, *self.moves.backlog]
+        for request in [self.moves.requests[key] for key in keys]:
+            if now_s - max(request.since_s, self._none_usable_since_s) >= NO_WORKER_WAIT_S:
                 error = f"No worker could take it within {NO_WORKER_WAIT_S:.0f} s."
                 self.moves.fail(now_s, request, Fault.NO_WORKER, error)
-
-    def _place_waiting(self, now_s: float) -> None:
-        for request in list(self.moves.waiting.values()):
-            self.moves.place(now_s, request)
 
     def check_integrity(self) -> None:
         """Assert that what is reserved and live is what the requests under way account for."""
@@ -327,7 +351,8 @@ class RouterCore:
             assert live == worker.live.keys()
         for request in requests:
             assert request.position == request.unknown_tokens + len(request.tokens)
-            assert (request.key in self.moves.waiting) == (request.state is State.WAITING)
+            waits = request.key in self.moves.backlog or request.key in self.moves.stranded
+            assert waits == (request.state is State.WAITING)
 
 
 def _refusal(event: RequestArrived | RequestRecovered) -> str | None:
