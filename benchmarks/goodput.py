@@ -28,7 +28,7 @@ from typing import Any, Final
 
 from benchmarks.report import table
 from benchmarks.workloads import LARGE, WORKLOADS
-from router.core.joint import Slo
+from router.core.costs import Slo
 from simulator.cluster import Layout
 from simulator.experiment import OURS, POLICIES, Outcome, run
 from simulator.goodput import highest_rate

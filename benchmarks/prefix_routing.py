@@ -28,8 +28,8 @@ import numpy as np
 
 from benchmarks.report import table
 from engine.latency_model import StepTimes
+from router.core.costs import Slo
 from router.core.events import End, Ended
-from router.core.joint import Slo
 from simulator.baselines import Setup
 from simulator.cluster import Cluster, Layout
 from simulator.experiment import policy_named

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from engine.latency_model import StepTimes, StepWork
 from protos.errors import ConfigError, nearest
-from router.core.joint import Slo
+from router.core.costs import Slo
 from simulator import page, traces, workloads
 from simulator.cluster import Layout
 from simulator.experiment import Outcome, policy_named, run

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from engine.learned_times import Factor
 from protos.ids import RequestKey, WorkerId
 
+LEAST_SEEN_S: Final = 1.0
+"""A share of less time than this says nothing."""
 LARGEST_SHARE: Final = 0.95
 """More is not believed: something always decodes."""
 
@@ -59,6 +61,26 @@ class Done:
         self.work_s += part.work_s
 
 
+class Figures(NamedTuple):
+    """A forecast in numbers alone, for `columns`."""
+
+    free_s: float
+    """Long past, where nothing waits."""
+    first_due_s: float
+    """Never, where nothing waits."""
+    waiting: int
+    load_s: float
+    """Time that goes to prompts, decayed until `load_at_s`."""
+    load_at_s: float
+    began_s: float
+    """When a prompt was first placed there; never, if none was."""
+    decodes: int
+    context_tokens: float
+    running: int
+    running_context_tokens: float
+    coming_tokens: int
+
+
 @dataclass(slots=True)
 class Forecast:
     """One worker, as this policy's decisions make it."""
@@ -77,21 +99,29 @@ class Forecast:
     done: Done = field(default_factory=Done)
     _prefill_load_s: float = 0.0
     _load_at_s: float = 0.0
+    _began_s: float = math.inf
 
     @property
     def idle(self) -> bool:
         """Nothing of this router is there."""
         return not self.prefills and not self.decodes
 
+    def figures(self) -> Figures:
+        """As it stands."""
+        first = next(iter(self.prefills.values()), None)
+        return Figures(
+            -math.inf if first is None else self.free_s,
+            math.inf if first is None else first.due_s,
+            len(self.prefills), self._prefill_load_s, self._load_at_s, self._began_s,
+            self.decodes, self.context_tokens, self.running, self.running_context_tokens,
+            self.coming_tokens,
+        )  # fmt: skip
+
     def queue_s(self, now_s: float) -> float:
         """How long the prompts that wait there take; what is overdue counts as due now."""
         if not self.prefills:
             return 0.0
         return max(0.0, self.free_s + self._late_s(now_s) - now_s)
-
-    def prefill_share(self, now_s: float, window_s: float) -> float:
-        """Of its time, what goes to prompts: exponentially averaged over the window."""
-        return min(LARGEST_SHARE, self._load_s(now_s, window_s) / window_s)
 
     def add_prefill(self, now_s: float, key: RequestKey, part: Part, window_s: float) -> None:
         """Behind all that wait."""
@@ -101,6 +131,7 @@ class Forecast:
         self.prefills[key] = part
         self._prefill_load_s = self._load_s(now_s, window_s) + part.occupies_s
         self._load_at_s = now_s
+        self._began_s = min(self._began_s, now_s)
 
     def end_prefill(self, now_s: float, key: RequestKey) -> None:
         """It is computed, or will not be: what waits behind it comes as much sooner."""

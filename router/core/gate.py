@@ -27,7 +27,7 @@ promised: who matters less is refused sooner."""
 NEAR: Final = 0.5
 """Only predictions that take as much of what was promised tell how wrong those are that count."""
 LARGEST_MARGIN: Final = 1.6
-"""Under 1 / NEAR: however wrong predictions were, some that tell how wrong they are still get in."""
+"""Under 1 / NEAR: however wrong predictions were, some that tell how wrong still get in."""
 DUE_AFTER: Final = {Priority.HIGH: 0.5, Priority.NORMAL: 1.0, Priority.LOW: 4.0}
 """A request is due after so many times the promised TTFT: what matters more goes first, and none
 waits forever."""

@@ -17,21 +17,26 @@ context. First tokens that come earlier or later than predicted move the forecas
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from engine.latency_model import StepTimes
 from engine.learned_times import Factor
-from engine.spec import SimulatedTiming
 from protos.ids import RequestKey, WorkerId
 from router.core.ahead import Ahead
+from router.core.backlog import Before
+from router.core.candidates import Column, Shortlist
+from router.core.columns import Columns
+from router.core.costs import COMPARED, WEIGHTS, Asked, Found, Pricing, Slo, Weights
 from router.core.events import Role, Shape
-from router.core.forecast import LARGEST_SHARE, Forecast, Part
+from router.core.forecast import Forecast, Part
 from router.core.output_lengths import OutputLengths
 from router.core.placement import (
-    Candidate,
     Decision,
+    Expected,
     Predicted,
     Reason,
     TieBreak,
@@ -41,29 +46,8 @@ from router.core.placement import (
 from router.core.workers import Worker
 
 _GONE_KEPT: Final = 16
-_FULL: Final = 0.9
-"""Of a KV cache: beyond that, requests wait for others to end."""
-_FULL_COST: Final = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """What clients were promised, where a request does not say."""
-
-    ttft_s: float
-    tpot_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What the parts of a cost weigh: docs/adr/0007 tells how they were found."""
-
-    later: float = 20.0
-    """Prompts that will come after this one and lose its time, beyond as many as wait now."""
-    floor: float = 0.02
-    """What a prompt's time costs at least, where nothing waits: so caches are used."""
-    share_window_s: float = 10.0
-    """Over how long the share of its time that a worker spends on prompts is averaged."""
+_TTFT: Final = COMPARED.index("ttft_s")
+_TPOT: Final = COMPARED.index("tpot_s")
 
 
 @dataclass(slots=True)
@@ -75,22 +59,46 @@ class _Placed:
     parts: list[Part]
 
 
+class _Choice(NamedTuple):
+    """The best worker for one part."""
+
+    at: int
+    """Its place in the columns."""
+    worker: WorkerId
+    cost: float
+    numbers: Sequence[float]
+    """By `COMPARED`."""
+
+
+class _Best(NamedTuple):
+    """The least predicted cost."""
+
+    reason: Reason
+    chosen: _Choice
+    """It makes the tokens, and without a first also computes the prompt."""
+    first: _Choice | None
+    computing: slice
+    """Of the columns: those of which one computes the prompt."""
+
+
 class JointPlacement:
     """See the module."""
 
     def __init__(
         self, tie_break: TieBreak, times: StepTimes, max_step_tokens: int, slo: Slo,
-        weights: Weights = Weights(),
+        weights: Weights = WEIGHTS,
     ) -> None:  # fmt: skip
         self._tie_break = tie_break
-        self._times = times
-        self._max_step_tokens = max_step_tokens
+        self._pricing = Pricing(times, max_step_tokens, weights)
         self._slo = slo
         self._weights = weights
         self.prefill_factor = Factor()
         """By which prompts take longer than the profile says."""
         self._lengths = OutputLengths()
         self.forecasts: dict[WorkerId, Forecast] = {}
+        self._columns: Columns | None = None
+        self._changed: set[WorkerId] = set()
+        """Whose forecast is not as the columns say."""
         self._placed: dict[RequestKey, _Placed] = {}
         self._ahead = Ahead()
 
@@ -98,48 +106,61 @@ class JointPlacement:
 
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
         """The least predicted cost."""
-        pool = view.pool
-        prefill, decode = pool.usable(Role.PREFILL), pool.usable(Role.DECODE)
+        prefill, decode = view.pool.usable(Role.PREFILL), view.pool.usable(Role.DECODE)
         if not prefill and not decode:
             return None
         self._prune(view)
-        held = self._held(view, shape)
-        length = self._lengths.expect(shape.kind, shape.max_tokens, shape.output_tokens)
-        context = shape.prompt_tokens + shape.output_tokens + length / 2
-        ttft_slo_s = shape.ttft_slo_s or self._slo.ttft_s
-        tpot_slo_s = shape.tpot_slo_s or self._slo.tpot_s
-        ask = _Asked(now_s, shape, held, length, context, ttft_slo_s, tpot_slo_s)
-        there = [self._look(ask, worker) for worker in decode or prefill]
+        ask = self._asked(now_s, shape)
+        there = self._find(ask, view, shape, prefill, decode)
+        columns, pricing, kept = there.columns, self._pricing, Shortlist()
+        last = columns.decode if decode else columns.prefill
         if shape.fetchable and decode:
-            fetching = [self._decode(ask, each) for each in there]
-            chosen = self._least(fetching)
-            self._count(ask, view, key, chosen, None, computed_on=None)
-            return Decision(
-                Reason.RESUME, shape.prompt_tokens, chosen.worker, None, _COMPARED, fetching,
-                predicted=Predicted(None, chosen.numbers[_TPOT]),
-            )  # fmt: skip
-        whole = [self._whole(ask, each) for each in there]
-        best_whole = self._least(whole)
-        reason: Reason | None = Reason.DECODE_DOWN
-        if decode:
-            reason = never_split_because(view, shape, bool(prefill))
-        candidates = whole
-        chosen, first = best_whole, None
-        if reason is None:
-            firsts = [self._prefill(ask, self._look(ask, worker)) for worker in prefill]
-            seconds = [self._decode(ask, each) for each in there]
-            candidates = whole + firsts + seconds
-            best_first, best_second = self._least(firsts), self._least(seconds)
-            if best_first.cost + best_second.cost < best_whole.cost:
-                chosen, first, reason = best_second, best_first, Reason.SPLIT_COSTS_LESS
-            else:
-                reason = Reason.WHOLE_COSTS_LESS
-        self._count(ask, view, key, chosen, first, computed_on=(first or chosen).worker)
-        return Decision(
-            reason, shape.prompt_tokens, chosen.worker, first.worker if first else None,
-            _COMPARED, candidates,
-            predicted=Predicted((first or chosen).numbers[_TTFT], chosen.numbers[_TPOT]),
+            rest = self._least(Role.DECODE, columns, last, pricing.decode(ask, there), kept)
+            self._count(ask, there, key, shape, rest, None, computed=False)
+            return _decision(Reason.RESUME, shape, rest, None, kept)
+        best = self._best(ask, view, shape, there, kept)
+        if not shape.output_tokens and pricing.all_busy(ask, there, best.computing):
+            return None
+        self._count(ask, there, key, shape, best.chosen, best.first, computed=True)
+        return _decision(best.reason, shape, best.chosen, best.first, kept)
+
+    def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
+        """By the worker, or the two, that it would go to now."""
+        prefill, decode = view.pool.usable(Role.PREFILL), view.pool.usable(Role.DECODE)
+        if not prefill and not decode:
+            return None
+        ask = self._asked(now_s, shape)
+        there = self._find(ask, view, shape, prefill, decode)
+        best = self._best(ask, view, shape, there, Shortlist())
+        first = best.first or best.chosen
+        queues_s = there.queue_s[best.computing]
+        # What waits fills up the shortest queues first; those that caches made longer stay so.
+        level_s = float(queues_s.sum() + before.work_s) / len(queues_s)
+        prefill_s = float(there.prefill_s[first.at])
+        ttft_s = max(float(there.queue_s[first.at]), level_s) + prefill_s
+        tpot_s = self._pricing.tpot_after(
+            ask, there.columns, best.chosen.at, best.chosen.numbers[_TPOT], ttft_s,
+            before.requests / len(decode or prefill),
         )  # fmt: skip
+        return Expected(ttft_s, tpot_s, prefill_s, ask.length_tokens)
+
+    def _best(self, ask: Asked, view: View, shape: Shape, there: Found, kept: Shortlist) -> _Best:
+        """One worker for all of it, or two."""
+        columns, pricing = there.columns, self._pricing
+        has_decode = bool(view.pool.usable(Role.DECODE))
+        last = columns.decode if has_decode else columns.prefill
+        whole = self._least(Role.DECODE, columns, last, pricing.whole(ask, there), kept)
+        if not has_decode:
+            return _Best(Reason.DECODE_DOWN, whole, None, last)
+        reason = never_split_because(view, shape, bool(view.pool.usable(Role.PREFILL)))
+        if reason is not None:
+            return _Best(reason, whole, None, last)
+        prompts, rests = pricing.prefill(ask, there), pricing.decode(ask, there)
+        prompt = self._least(Role.PREFILL, columns, columns.prefill, prompts, kept)
+        rest = self._least(Role.DECODE, columns, last, rests, kept)
+        if prompt.cost + rest.cost < whole.cost:
+            return _Best(Reason.SPLIT_COSTS_LESS, rest, prompt, columns.prefill)
+        return _Best(Reason.WHOLE_COSTS_LESS, whole, None, last)
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Its prompt is computed."""
@@ -148,7 +169,7 @@ class JointPlacement:
             return
         computed = placed.parts[0]
         if computed.due_s:
-            forecast = self.forecasts[computed.worker]
+            forecast = self._change(computed.worker)
             forecast.end_prefill(now_s, key)
             forecast.done.add(now_s, computed, self.prefill_factor)
             self._ahead.remove(computed.worker, placed.addresses)
@@ -157,7 +178,7 @@ class JointPlacement:
             if len(placed.parts) > 1:
                 del placed.parts[0]  # The other one makes the tokens.
         else:
-            self.forecasts[placed.parts[-1].worker].has_come(placed.parts[-1])
+            self._change(placed.parts[-1].worker).has_come(placed.parts[-1])
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
@@ -167,22 +188,19 @@ class JointPlacement:
         if output_tokens is not None:
             self._lengths.observe(placed.kind, output_tokens)
         for part in placed.parts:
-            forecast = self.forecasts[part.worker]
+            forecast = self._change(part.worker)
             if part.due_s:
                 forecast.end_prefill(now_s, key)
                 self._ahead.remove(part.worker, placed.addresses)
             forecast.end(part)
 
-    def _prune(self, view: View) -> None:
-        """Forget workers that are gone for good, now and then."""
-        if len(self.forecasts) <= 2 * view.pool.size + _GONE_KEPT:
-            return
-        for worker, forecast in list(self.forecasts.items()):
-            if view.pool.get(worker) is None and forecast.idle:
-                del self.forecasts[worker]
-                self._ahead.drop(worker)
+    # What is known
 
-    # What is predicted
+    def _asked(self, now_s: float, shape: Shape) -> Asked:
+        length = self._lengths.expect(shape.kind, shape.max_tokens, shape.output_tokens)
+        tokens = shape.prompt_tokens + shape.output_tokens
+        slo = Slo(shape.ttft_slo_s or self._slo.ttft_s, shape.tpot_slo_s or self._slo.tpot_s)
+        return Asked(now_s, tokens, length, tokens + length / 2, slo)
 
     def _held(self, view: View, shape: Shape) -> dict[str, int]:
         """Tokens of the prompt that each worker holds, or will when its turn comes."""
@@ -196,168 +214,80 @@ class JointPlacement:
             worker: min(blocks, computable) * view.block_tokens for worker, blocks in found.items()
         }
 
-    def _look(self, ask: _Asked, worker: Worker) -> _There:
-        forecast = self.forecasts.get(worker.id)
-        if forecast is None:
-            forecast = self.forecasts[worker.id] = Forecast()
-        cached = ask.held.get(worker.id, 0)
-        tokens = ask.tokens - cached
-        timing = self._times.timing
-        before_s = _step_s(timing, forecast.decodes, forecast.context_tokens)
-        running_s = _step_s(timing, forecast.running, forecast.running_context_tokens)
-        # In chunks, each beside what decodes there by now.
-        steps = tokens / max(1, self._max_step_tokens - forecast.running)
-        work_s = tokens * (timing.prefill_token_s + (cached + tokens / 2) * timing.prefill_pair_s)
-        takes_s = self.prefill_factor.value * work_s
-        base_s = math.ceil(steps) * running_s
-        return _There(
-            worker, forecast, cached, forecast.queue_s(ask.now_s), work_s, base_s,
-            takes_s + base_s, takes_s + steps * running_s, before_s,
-            before_s + timing.decode_request_s
-            + ask.context_tokens * timing.decode_context_token_s,
-            forecast.prefill_share(ask.now_s, self._weights.share_window_s),
-        )  # fmt: skip
+    def _find(
+        self, ask: Asked, view: View, shape: Shape, prefill: Sequence[Worker],
+        decode: Sequence[Worker],
+    ) -> Found:  # fmt: skip
+        columns = self._columns
+        if columns is None or not columns.is_of(prefill, decode):
+            columns = self._columns = Columns(prefill, decode, self._forecast)
+        else:
+            for worker in self._changed & self.forecasts.keys():
+                columns.write(worker, self.forecasts[worker])
+        self._changed.clear()
+        cached = columns.spread(self._held(view, shape), shape.cached_tokens)
+        return self._pricing.find(ask, columns, cached, self.prefill_factor.value)
 
-    def _prefill(self, ask: _Asked, there: _There) -> Candidate:
-        ttft_s = there.queue_s + there.prefill_s
-        cost = self._hurt_behind(ask, there, ttft_s)
-        if there.forecast.decodes:
-            share = there.share_with_it(self._weights.share_window_s)
-            cost += _hurt_beside(ask, there, there.before_s / (1 - share))
-        numbers = (there.cached, there.queue_s, there.prefill_s, ttft_s, 0.0)
-        return Candidate(there.worker.id, Role.PREFILL, cost, numbers)
+    def _forecast(self, worker: WorkerId) -> Forecast:
+        return self.forecasts.setdefault(worker, Forecast())
 
-    def _decode(self, ask: _Asked, there: _There) -> Candidate:
-        blocks = (ask.tokens - there.cached) / there.worker.block_size_tokens
-        transfer_s = blocks * self._times.timing.transfer_block_s
-        tpot_s = there.with_it_s / (1 - there.share)
-        cost = _hurt_beside(ask, there, tpot_s) + _crowding(ask, there)
-        # Its client waits for the second token while the prompt's state moves.
-        tpot_s += transfer_s / ask.length_tokens
-        cost += (tpot_s / ask.tpot_slo_s) ** 2
-        numbers = (there.cached, 0.0, 0.0, transfer_s, tpot_s)
-        return Candidate(there.worker.id, Role.DECODE, cost, numbers)
+    def _change(self, worker: WorkerId) -> Forecast:
+        """A forecast that is about to change."""
+        self._changed.add(worker)
+        return self.forecasts[worker]
 
-    def _whole(self, ask: _Asked, there: _There) -> Candidate:
-        ttft_s = there.queue_s + there.prefill_s
-        share = there.share_with_it(self._weights.share_window_s)
-        tpot_s = there.with_it_s / (1 - share)
-        cost = self._hurt_behind(ask, there, ttft_s) + (tpot_s / ask.tpot_slo_s) ** 2
-        cost += _hurt_beside(ask, there, tpot_s) + _crowding(ask, there)
-        numbers = (there.cached, there.queue_s, there.prefill_s, ttft_s, tpot_s)
-        return Candidate(there.worker.id, Role.DECODE, cost, numbers)
-
-    def _hurt_behind(self, ask: _Asked, there: _There, ttft_s: float) -> float:
-        """What this prompt's wait and time are worth to itself and to those that come after it: as
-        many as wait now, and some."""
-        share = ttft_s / ask.ttft_slo_s
-        price = max(self._weights.floor, 2 * share)
-        later = self._weights.later + len(there.forecast.prefills)
-        return share * share + later * price * there.occupies_s / ask.ttft_slo_s
+    def _prune(self, view: View) -> None:
+        """Forget workers that are gone for good, now and then."""
+        if len(self.forecasts) <= 2 * view.pool.size + _GONE_KEPT:
+            return
+        for worker, forecast in list(self.forecasts.items()):
+            if view.pool.get(worker) is None and forecast.idle:
+                del self.forecasts[worker]
+                self._ahead.drop(worker)
 
     # What follows
 
-    def _least(self, candidates: list[Candidate]) -> Candidate:
-        least = min(each.cost for each in candidates)
-        best = [each for each in candidates if each.cost == least]
-        return best[self._tie_break(len(best)) if len(best) > 1 else 0]
+    def _least(
+        self, role: Role, columns: Columns, pool: slice, priced: Sequence[Column], kept: Shortlist
+    ) -> _Choice:
+        compared = np.array(priced)[:, pool]
+        costs: list[float] = compared[0].tolist()
+        least = min(costs)
+        best = [at for at, cost in enumerate(costs) if cost == least]
+        at = best[self._tie_break(len(best)) if len(best) > 1 else 0]
+        workers = columns.ids[pool]
+        kept.add(role, workers, at, compared)
+        return _Choice(pool.start + at, workers[at], least, compared[1:, at].tolist())
 
     def _count(
-        self, ask: _Asked, view: View, key: RequestKey, chosen: Candidate,
-        first: Candidate | None, computed_on: WorkerId | None,
+        self, ask: Asked, there: Found, key: RequestKey, shape: Shape, chosen: _Choice,
+        first: _Choice | None, computed: bool,
     ) -> None:  # fmt: skip
-        shape = ask.shape
         decoding = Part(chosen.worker, context_tokens=ask.context_tokens)
-        self.forecasts[chosen.worker].will_decode(decoding)
-        parts = [decoding] if first is None else [Part(first.worker), decoding]
-        if computed_on is not None:
-            worker = view.pool.get(computed_on)
-            assert worker is not None, "it was compared just now"
-            there, computing = self._look(ask, worker), parts[0]
-            computing.placed_s, computing.occupies_s = ask.now_s, there.occupies_s
-            computing.work_s, computing.base_s = there.work_s, there.base_s
+        self._change(chosen.worker).will_decode(decoding)
+        placed = [(decoding, chosen.at)]
+        if first is not None:
+            placed.insert(0, (Part(first.worker), first.at))
+        if computed:
+            computing, at = placed[0]
+            computing.placed_s, computing.occupies_s = ask.now_s, float(there.occupies_s[at])
+            computing.work_s, computing.base_s = float(there.work_s[at]), float(there.base_s[at])
             window_s = self._weights.share_window_s
-            there.forecast.add_prefill(ask.now_s, key, computing, window_s)
-            self._ahead.store(computed_on, shape.addresses)
-        for part in parts:
-            part.coming_tokens = ask.tokens - ask.held.get(part.worker, 0)
-            self.forecasts[part.worker].coming_tokens += part.coming_tokens
+            self._change(computing.worker).add_prefill(ask.now_s, key, computing, window_s)
+            self._ahead.store(computing.worker, shape.addresses)
+        for part, at in placed:
+            part.coming_tokens = ask.tokens - int(there.cached[at])
+            self._change(part.worker).coming_tokens += part.coming_tokens
+        parts = [part for part, _ in placed]
         self._placed[key] = _Placed(shape.kind, tuple(shape.addresses), parts)
 
 
-_COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "ttft_s", "tpot_s")
-_TTFT: Final = _COMPARED.index("ttft_s")
-_TPOT: Final = _COMPARED.index("tpot_s")
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One question, and what is the same for all workers."""
-
-    now_s: float
-    shape: Shape
-    held: dict[str, int]
-    length_tokens: float
-    context_tokens: float
-    ttft_slo_s: float
-    tpot_slo_s: float
-
-    @property
-    def tokens(self) -> int:
-        return self.shape.prompt_tokens + self.shape.output_tokens
-
-
-class _There(NamedTuple):
-    """One worker as the request finds it."""
-
-    worker: Worker
-    forecast: Forecast
-    cached: int
-    """Tokens of the prompt."""
-    queue_s: float
-    work_s: float
-    """What the profile says of the rest of the prompt's tokens."""
-    base_s: float
-    """What its steps take beside that."""
-    prefill_s: float
-    """Of the rest of the prompt, once its turn has come."""
-    occupies_s: float
-    """By how much it delays what comes after it: prompts share steps."""
-    before_s: float
-    """A decode step of all that are to decode there, without the request."""
-    with_it_s: float
-    """A decode step, with it."""
-    share: float
-    """Of the worker's time, what goes to prompts."""
-
-    def share_with_it(self, window_s: float) -> float:
-        """With this prompt's time."""
-        return min(LARGEST_SHARE, self.share + self.occupies_s / window_s)
-
-
-def _step_s(timing: SimulatedTiming, requests: int, context_tokens: float) -> float:
-    """Of decodes alone; `StepTimes.step_s` without making a StepWork for every worker."""
-    return (
-        timing.step_base_s
-        + requests * timing.decode_request_s
-        + context_tokens * timing.decode_context_token_s
-    )
-
-
-def _hurt_beside(ask: _Asked, there: _There, tpot_s: float) -> float:
-    """What all that decode there are hurt, if their tokens come so far apart with this one."""
-    before_s = there.before_s / (1 - there.share)
-    slo_s = ask.tpot_slo_s
-    return there.forecast.decodes * (tpot_s * tpot_s - before_s * before_s) / (slo_s * slo_s)
-
-
-def _crowding(ask: _Asked, there: _There) -> float:
-    """What it costs that a KV cache has no room: requests wait for others to end.
-
-    What is there is reported, so that what requests share counts once.
-    """
-    worker, forecast = there.worker, there.forecast
-    coming_tokens = forecast.coming_tokens + ask.tokens - there.cached
-    blocks = worker.load.kv_blocks_used + coming_tokens / worker.block_size_tokens
-    use = blocks / max(1, worker.kv_blocks_total)
-    return (forecast.decodes + 1) * max(0.0, use - _FULL) * _FULL_COST
+def _decision(
+    reason: Reason, shape: Shape, chosen: _Choice, first: _Choice | None, kept: Shortlist
+) -> Decision:
+    ttft_s = (first or chosen).numbers[_TTFT]
+    return Decision(
+        reason, shape.prompt_tokens, chosen.worker, first.worker if first else None, COMPARED,
+        kept, predicted=Predicted(None if shape.output_tokens else ttft_s, chosen.numbers[_TPOT]),
+        left_out=kept.left_out,
+    )  # fmt: skip

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from heapq import nsmallest
+from operator import attrgetter
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from kvstore.index import KvIndex
 from protos.ids import RequestKey, WorkerId
 from router.core.backlog import Before
+from router.core.candidates import KEPT, Candidate
 from router.core.events import Role, Shape
 from router.core.workers import Worker, WorkerPool
 
@@ -49,17 +52,6 @@ class Reason(StrEnum):
     """It has tokens already and goes on elsewhere."""
 
 
-class Candidate(NamedTuple):
-    """One worker in one part, and the numbers that were compared: least `cost` wins."""
-
-    worker: WorkerId
-    role: Role
-    """The part it would have: prefill, or decode (also of a whole request)."""
-    cost: float
-    numbers: tuple[float, ...]
-    """By `Decision.compared`."""
-
-
 class Predicted(NamedTuple):
     """What a decision expects of its request, from when it was made."""
 
@@ -80,10 +72,13 @@ class Decision:
     compared: tuple[str, ...]
     """Names of the candidates' numbers, each with its unit."""
     candidates: Sequence[Candidate]
+    """The best of them at least."""
     local_prefill_max_tokens: int | None = None
     """What the prompt's length was held against, if it was."""
     predicted: Predicted | None = None
     """By policies that predict times."""
+    left_out: int = 0
+    """How many more were compared; each costs no less than those of its part that are kept."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -103,6 +98,7 @@ class Decision:
                 }
                 for each in self.candidates
             ],
+            "candidates_left_out": self.left_out,
         }
 
 
@@ -194,9 +190,10 @@ class LeastPredictedWork(Uncounted):
             return self._whole(view, shape, whole_because, decode)
         first, compared = self._least(prefill)
         second, compared_too = self._least(decode)
+        best = compared + compared_too
         return Decision(
-            Reason.LONG_PROMPT, shape.prompt_tokens, second, first, _COMPARED,
-            compared + compared_too, view.local_prefill_max_tokens,
+            Reason.LONG_PROMPT, shape.prompt_tokens, second, first, _COMPARED, best,
+            view.local_prefill_max_tokens, left_out=len(prefill) + len(decode) - len(best),
         )  # fmt: skip
 
     def _whole(
@@ -207,14 +204,18 @@ class LeastPredictedWork(Uncounted):
         worker, compared = self._least(workers)
         return Decision(
             reason, shape.prompt_tokens, worker, None, _COMPARED, compared,
-            view.local_prefill_max_tokens,
+            view.local_prefill_max_tokens, left_out=len(workers) - len(compared),
         )  # fmt: skip
 
     def _least(self, workers: Sequence[Worker]) -> tuple[WorkerId, list[Candidate]]:
         candidates = [_candidate(worker) for worker in workers]
         least = min(each.cost for each in candidates)
-        best = [each.worker for each in candidates if each.cost == least]
-        return best[self._tie_break(len(best)) if len(best) > 1 else 0], candidates
+        best = [each for each in candidates if each.cost == least]
+        chosen = best[self._tie_break(len(best)) if len(best) > 1 else 0]
+        kept = nsmallest(KEPT, candidates, key=attrgetter("cost"))
+        if chosen not in kept:  # Of many equals, chance chose another.
+            kept[-1] = chosen
+        return chosen.worker, kept
 
 
 _COMPARED: Final = ("prefill_tokens", "requests", "kv_use")

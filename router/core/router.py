@@ -10,6 +10,7 @@ before it (`recovery`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Set
 from dataclasses import replace
 from typing import Any, Final
@@ -68,7 +69,8 @@ class RouterCore:
         self._feeds: dict[WorkerId, IndexFeed] = {}
         self._outputs = OutputIntake(self.moves, self.recovery)
         self._started_s: float | None = None
-        self._none_usable_since_s: float | None = None
+        self._usable_at_s = -math.inf
+        """When there was last seen to be a worker."""
         self._handlers: dict[type, Callable[[float, Any], Command | None]] = {
             RequestArrived: self._request_arrived,
             SnapshotTaken: self._snapshot_taken,
@@ -319,13 +321,11 @@ class RouterCore:
     def _give_up_waiting(self, now_s: float) -> None:
         """Those that wait although there is a worker wait for their turn."""
         if self.pool.any_usable:
-            self._none_usable_since_s = None
+            self._usable_at_s = now_s
             return
-        if self._none_usable_since_s is None:
-            self._none_usable_since_s = now_s
         keys = [*self.moves.stranded, *self.moves.backlog]
         for request in [self.moves.requests[key] for key in keys]:
-            if now_s - max(request.since_s, self._none_usable_since_s) >= NO_WORKER_WAIT_S:
+            if now_s - max(request.since_s, self._usable_at_s) >= NO_WORKER_WAIT_S:
                 error = f"No worker could take it within {NO_WORKER_WAIT_S:.0f} s."
                 self.moves.fail(now_s, request, Fault.NO_WORKER, error)
 

@@ -15,9 +15,9 @@ from random import Random
 from typing import ClassVar, NamedTuple
 
 from protos.ids import RequestKey, WorkerId
+from router.core.candidates import Candidate
 from router.core.events import Role, Shape
 from router.core.placement import (
-    Candidate,
     Decision,
     Reason,
     Unpredicting,

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from engine.latency_model import StepTimes
 from engine.simulated.scheduler import Scheduler
+from router.core.costs import Slo
 from router.core.events import End, Ended
-from router.core.joint import Slo
 from router.core.placement import Placement
 from simulator import workloads
 from simulator.baselines import BASELINES, Setup

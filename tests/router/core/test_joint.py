@@ -15,9 +15,11 @@ from engine.spec import SimulatedTiming
 from kvstore.index import KvIndex
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Incarnation, RequestKey, WorkerId
+from router.core.columns import Columns
+from router.core.costs import Slo, Weights
 from router.core.events import Role, Shape, WorkerUp
 from router.core.forecast import LARGEST_SHARE, Forecast, Part
-from router.core.joint import JointPlacement, Slo
+from router.core.joint import JointPlacement
 from router.core.placement import Decision, Reason, View
 from router.core.workers import WorkerPool
 
@@ -36,7 +38,7 @@ SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 class Bench:
     """A policy, the workers that it sees and their caches."""
 
-    def __init__(self, *names: str, slo: Slo = SLO, tie: int = 0) -> None:
+    def __init__(self, *names: str, slo: Slo = SLO, tie: int = 0, hold: float = math.inf) -> None:
         self.pool = WorkerPool()
         for name in names:
             role = Role.PREFILL if name[0] == "p" else Role.DECODE
@@ -47,7 +49,8 @@ class Bench:
             )
         self.index = KvIndex(100_000)
         self.view = View(self.pool, self.index, BLOCK_TOKENS, True, 0)
-        self.policy = JointPlacement(lambda n: tie % n, StepTimes(TIMING), 8192, slo)
+        weights = Weights(hold=hold)
+        self.policy = JointPlacement(lambda n: tie % n, StepTimes(TIMING), 8192, slo, weights)
         self.now_s = 100.0
         self._made = 0
 
@@ -295,12 +298,40 @@ def test_all_that_is_counted_goes_when_all_have_ended(
 
 
 def test_a_share_decays_over_its_window() -> None:
-    forecast = Forecast()
-    forecast.add_prefill(0.0, RequestKey("0:a"), part(5.0), 10.0)
-    assert forecast.prefill_share(0.0, 10.0) == pytest.approx(0.5)
-    assert forecast.prefill_share(10.0, 10.0) == pytest.approx(0.5 / math.e)
-    forecast.add_prefill(10.0, RequestKey("0:b"), part(99.0), 10.0)
-    assert forecast.prefill_share(10.0, 10.0) == LARGEST_SHARE
+    bench, forecast = Bench("d1"), Forecast()
+    workers = bench.pool.usable(Role.DECODE)
+    columns = Columns((), workers, lambda _: forecast)
+    assert columns.prefill_share(0.0, 10.0) == [0.0]
+    forecast.add_prefill(0.0, RequestKey("0:a"), part(0.4), 10.0)
+    columns.write(WorkerId("d1"), forecast)
+    # Of the window there has been one second.
+    seen = 0.4 * math.exp(-0.1) / (10 * (1 - math.exp(-0.1)))
+    assert columns.prefill_share(1.0, 10.0) == pytest.approx([seen])
+    forecast.add_prefill(1000.0, RequestKey("0:b"), part(5.0), 10.0)
+    columns.write(WorkerId("d1"), forecast)
+    assert columns.prefill_share(1000.0, 10.0) == pytest.approx([0.5])
+    assert columns.prefill_share(1010.0, 10.0) == pytest.approx([0.5 / math.e])
+    forecast.add_prefill(1010.0, RequestKey("0:c"), part(99.0), 10.0)
+    columns.write(WorkerId("d1"), forecast)
+    assert columns.prefill_share(1010.0, 10.0) == pytest.approx([LARGEST_SHARE])
+    assert columns.queue_s(1010.0) == pytest.approx([forecast.queue_s(1010.0)])
+
+
+def test_the_best_few_and_the_chosen_are_kept_of_many() -> None:
+    names = [f"d{number:03}" for number in range(300)]
+    bench = Bench(*names, tie=299)
+    for name in names[:10]:
+        worker = bench.pool.get(WorkerId(name))
+        assert worker is not None
+        worker.load = EngineLoad(kv_blocks_used=3000, kv_blocks_total=3000)
+    decision = bench.place(prefix=1)  # 290 equals, of which the generator takes the tenth.
+    assert decision.worker == "d019"
+    kept = list(decision.candidates)
+    assert (len(kept), len(decision.candidates), decision.left_out) == (16, 16, 284)
+    assert {each.worker for each in kept} == {*names[10:26]}
+    assert len({each.cost for each in kept}) == 1
+    other = Bench(*names, tie=290).place(prefix=1)
+    assert other.candidates[-1].worker == other.worker == "d290"
 
 
 def part(occupies_s: float) -> Part:
