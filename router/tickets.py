@@ -22,12 +22,20 @@ from typing import Final, cast
 
 from protos.enginecore import EngineRequest
 from protos.ids import TicketId
-from router.core.events import Fault, TicketAsked, TicketGranted, TicketRefused
+from router.core.events import (
+    Fault,
+    Priority,
+    Terms,
+    TicketAsked,
+    TicketGranted,
+    TicketRefused,
+)
 from router.core.records import TICKET_PATTERN, TicketStory
 
 LONGEST_LINE_BYTES: Final = 64 * 1024
-DEADLINE_FIELD: Final = "x-baton-deadline-ms"
 LONGEST_DEADLINE_MS: Final = 24 * 3600 * 1000
+DEADLINE_FIELD: Final = "x-baton-deadline-ms"
+_TENANT_BYTES: Final = 8
 _TIME_DIGITS: Final = 12
 _DEADLINE_DIGITS: Final = 8
 _DEADLINE_AT: Final = slice(_TIME_DIGITS, _TIME_DIGITS + _DEADLINE_DIGITS)
@@ -118,26 +126,54 @@ def answer(
         return TicketRefused(500, None, "The edge's question can't be read.")
     method, path, fields = question
     try:
-        deadline_ms = _deadline_ms(fields)
-    except ValueError:
-        message = (
-            f"X-Baton-Deadline-Ms is a whole number of milliseconds from 1 to {LONGEST_DEADLINE_MS}"
-            f", not {fields[DEADLINE_FIELD]}."
-        )
-        return TicketRefused(400, None, message)
-    return decide(TicketAsked(mint.issue(wall_s, deadline_ms), method, path))
+        deadline_ms = _milliseconds(fields, "X-Baton-Deadline-Ms") or 0
+        terms = _terms(fields)
+    except ValueError as error:
+        return TicketRefused(400, None, str(error))
+    return decide(TicketAsked(mint.issue(wall_s, deadline_ms), method, path, terms))
 
 
-def _deadline_ms(fields: Mapping[str, str]) -> int:
-    text = fields.get(DEADLINE_FIELD)
+def _terms(fields: Mapping[str, str]) -> Terms:
+    ttft_ms = _milliseconds(fields, "X-Baton-TTFT-Ms")
+    itl_ms = _milliseconds(fields, "X-Baton-ITL-Ms")
+    return Terms(
+        body_bytes=_body_bytes(fields),
+        tenant=_tenant(fields),
+        priority=_priority(fields),
+        ttft_slo_s=None if ttft_ms is None else ttft_ms / 1000,
+        tpot_slo_s=None if itl_ms is None else itl_ms / 1000,
+    )
+
+
+def _milliseconds(fields: Mapping[str, str], header: str) -> int | None:
+    text = fields.get(header.lower())
     if text is None:
-        return 0
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(LONGEST_DEADLINE_MS))):
-        raise ValueError(text)
-    deadline_ms = int(text)
-    if not 1 <= deadline_ms <= LONGEST_DEADLINE_MS:
-        raise ValueError(text)
-    return deadline_ms
+        return None
+    plain = text.isascii() and text.isdigit() and len(text) <= len(str(LONGEST_DEADLINE_MS))
+    if not plain or not 1 <= int(text) <= LONGEST_DEADLINE_MS:
+        most = LONGEST_DEADLINE_MS
+        raise ValueError(
+            f"{header} is a whole number of milliseconds from 1 to {most}, not {text}."
+        )
+    return int(text)
+
+
+def _priority(fields: Mapping[str, str]) -> Priority:
+    text = fields.get("x-baton-priority", Priority.NORMAL)
+    if text not in set(Priority):
+        raise ValueError(f"X-Baton-Priority is {', '.join(Priority)}, not {text}.")
+    return Priority(text)
+
+
+def _body_bytes(fields: Mapping[str, str]) -> int | None:
+    text = fields.get("content-length", "")
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _tenant(fields: Mapping[str, str]) -> str:
+    """Who asks, by the key that it shows; the key itself is kept nowhere."""
+    shown = fields.get("authorization", "").encode()
+    return hashlib.blake2b(shown, digest_size=_TENANT_BYTES).hexdigest() if shown else ""
 
 
 def reason_line(story: TicketStory | None) -> bytes:

@@ -156,6 +156,8 @@ def _table(question: Question, layout: Layout, outcome: Outcome) -> Table:
         ("TPOT mean, p50, p90, p99", _quantiles(measured.tpot)),
         ("output tokens/s", f"{measured.output_tokens / served_s:,.0f}"),
         ("prompt tokens cached", f"{outcome.hit_rate:.1%}"),
+        ("refused at once", f"{measured.refused:,}"),
+        ("let in and late", f"{measured.late:.1%}"),
         ("failed", f"{measured.failed:,}"),
         ("busy, least to most", f"{min(outcome.busy.values()):.0%} to "
                                 f"{max(outcome.busy.values()):.0%}"),

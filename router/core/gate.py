@@ -21,7 +21,7 @@ from router.core.events import Ended, Priority, Shape, Terms, TicketAsked, Ticke
 from router.core.placement import Expected, Placement, View
 from router.core.prompt_sizes import PromptSizes
 
-SURE: Final = {Priority.HIGH: 0.0, Priority.NORMAL: 1.0, Priority.LOW: 2.0}
+SURE: Final = {Priority.HIGH: 0.5, Priority.NORMAL: 1.5, Priority.LOW: 3.0}
 """By how many spreads (standard deviations of the logarithm) a prediction must stay below what was
 promised: who matters less is refused sooner."""
 NEAR: Final = 0.5

@@ -6,7 +6,15 @@ import pytest
 
 from protos.enginecore import EngineRequest
 from protos.ids import RequestKey, TicketId
-from router.core.events import End, Fault, TicketAsked, TicketGranted, TicketRefused
+from router.core.events import (
+    End,
+    Fault,
+    Priority,
+    Terms,
+    TicketAsked,
+    TicketGranted,
+    TicketRefused,
+)
 from router.core.records import Record, TicketStory
 from router.tickets import LONGEST_DEADLINE_MS, TicketMint, answer, answer_line, left_s, reason_line
 
@@ -72,6 +80,46 @@ def test_a_deadline_that_is_none_is_refused(text: str) -> None:
     assert isinstance(refused, TicketRefused)
     assert refused.status == 400
     assert "from 1 to 86400000" in refused.message
+
+
+def terms_of(*fields: str) -> Terms:
+    asked: list[TicketAsked] = []
+
+    def grant(question: TicketAsked) -> TicketGranted:
+        asked.append(question)
+        return TicketGranted(question.ticket)
+
+    answer("\t".join(("v1", "POST", "/v1/completions", *fields)), MINT, ISSUED_S, grant)
+    return asked[0].terms
+
+
+def test_what_headers_say_is_known_at_the_ticket() -> None:
+    assert terms_of() == Terms()
+    assert terms_of(
+        "content-length=4096", "x-baton-priority=low", "x-baton-ttft-ms=1500", "x-baton-itl-ms=20"
+    ) == Terms(4096, "", Priority.LOW, 1.5, 0.02)
+
+
+def test_tenants_are_told_apart_by_keys_that_are_not_kept() -> None:
+    one, other = (terms_of(f"authorization=Bearer {key}").tenant for key in ("one", "other"))
+    assert one == terms_of("authorization=Bearer one").tenant
+    assert one != other
+    assert "one" not in one
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("x-baton-ttft-ms=fast", "X-Baton-TTFT-Ms is a whole number of milliseconds from 1 to "),
+        ("x-baton-itl-ms=0", "X-Baton-ITL-Ms is a whole number of milliseconds from 1 to "),
+        ("x-baton-priority=urgent", "X-Baton-Priority is high, normal, low, not urgent."),
+    ],
+)
+def test_headers_that_can_not_be_understood_are_refused(field: str, message: str) -> None:
+    refused = ask(f"v1\tPOST\t/v1/completions\t{field}")
+    assert isinstance(refused, TicketRefused)
+    assert refused.status == 400
+    assert refused.message.startswith(message)
 
 
 def test_a_question_that_can_not_be_read_is_answered() -> None:

@@ -1,0 +1,219 @@
+"""Who is let in: by what is predicted, what was promised, and how wrong predictions were."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from kvstore.index import KvIndex
+from protos.ids import TicketId
+from router.core.backlog import Backlog, Before, Waiting
+from router.core.events import (
+    NO_TERMS,
+    End,
+    Ended,
+    Priority,
+    Shape,
+    Terms,
+    TicketAsked,
+    TicketRefused,
+)
+from router.core.gate import (
+    ARRIVES_WITHIN_S,
+    LARGEST_MARGIN,
+    LONGEST_RETRY_S,
+    NOTHING_PROMISED,
+    Gate,
+    Promises,
+)
+from router.core.placement import Expected, Uncounted, View
+from router.core.workers import WorkerPool
+from tests.router.core.driving import key
+
+PROMISES = Promises(2.0, 0.05)
+
+
+class Oracle(Uncounted):
+    """Predicts what it is told, behind what waits."""
+
+    def __init__(self) -> None:
+        self.ttft_s, self.tpot_s, self.prefill_s = 0.1, 0.01, 0.1
+        self.asked: list[tuple[Shape, Before]] = []
+
+    def place(self, *_: Any) -> None:
+        return None
+
+    def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
+        self.asked.append((shape, before))
+        return Expected(self.ttft_s + before.work_s, self.tpot_s, self.prefill_s, 100.0)
+
+
+class Bench:
+    """A gate and what stands behind it."""
+
+    def __init__(self, promises: Promises = PROMISES) -> None:
+        self.oracle, self.backlog = Oracle(), Backlog()
+        view = View(WorkerPool(), KvIndex(10), 128, True, 0)
+        self.gate = Gate(promises, self.oracle, view, self.backlog)
+        self.now_s = 0.0
+        self._asked = 0
+
+    def ask(self, terms: Terms = NO_TERMS) -> TicketRefused | None:
+        self._asked += 1
+        asked = TicketAsked(TicketId(str(self._asked)), "POST", "/v1/completions", terms)
+        return self.gate.ask(self.now_s, asked)
+
+    def learn(self, expected: Expected, ttft_s: float, tpot_s: float) -> None:
+        ended = Ended(
+            key(), End.COMPLETE, "", 100, time_to_first_token_s=ttft_s,
+            time_per_output_token_s=tpot_s,
+        )  # fmt: skip
+        self.gate.learn(expected, NO_TERMS, ended)
+
+
+def sure(bench: Bench) -> None:
+    """Predictions were right for long."""
+    for _ in range(400):
+        bench.learn(Expected(1.5, 0.04, 0.1, 100.0), 1.5, 0.04)
+
+
+def test_what_can_be_kept_is_let_in() -> None:
+    assert Bench().ask() is None
+
+
+def test_where_nothing_is_promised_nothing_is_asked() -> None:
+    bench = Bench(NOTHING_PROMISED)
+    bench.oracle.ttft_s = 100.0
+    assert bench.ask() is None
+    assert bench.oracle.asked == []
+    assert bench.ask(Terms(ttft_slo_s=1.0)) is not None, "unless the request asks for it"
+
+
+def test_a_first_token_that_would_be_late_is_refused_with_the_numbers() -> None:
+    bench = Bench()
+    sure(bench)
+    bench.oracle.ttft_s = 4.5
+    refused = bench.ask()
+    assert refused == TicketRefused(
+        429, 3, "Its first token would come after about 4.5 s, and 2 s were promised; try again in "
+        "3 s.",
+    )  # fmt: skip
+
+
+def test_tokens_that_would_be_too_far_apart_are_refused() -> None:
+    bench = Bench()
+    sure(bench)
+    bench.oracle.tpot_s = 0.079
+    refused = bench.ask()
+    assert refused is not None
+    assert (refused.status, refused.retry_after_s) == (429, 3), "0.029 s, a hundred times"
+    assert "tokens would be apart by about 0.079 s, and 0.05 s were promised" in refused.message
+
+
+def test_nobody_is_told_to_come_again_next_year() -> None:
+    bench = Bench()
+    bench.oracle.ttft_s = 1e7
+    refused = bench.ask()
+    assert refused is not None
+    assert refused.retry_after_s == LONGEST_RETRY_S
+
+
+def test_a_requests_own_promises_go_first() -> None:
+    bench = Bench()
+    bench.oracle.ttft_s = 4.0
+    assert bench.ask(Terms(ttft_slo_s=10.0)) is None
+    bench.oracle.ttft_s = 0.5
+    assert bench.ask(Terms(ttft_slo_s=0.2)) is not None
+    assert bench.ask(Terms(tpot_slo_s=0.005)) is not None
+
+
+def test_who_matters_less_is_refused_sooner() -> None:
+    bench = Bench()
+    refused = []
+    for ttft_s in (1.9, 1.5, 1.2):
+        bench.oracle.ttft_s = ttft_s
+        one_by_one = [Bench() for _ in Priority]
+        for each in one_by_one:
+            each.oracle.ttft_s = ttft_s
+        refused.append(
+            [
+                each.ask(Terms(priority=priority)) is not None
+                for each, priority in zip(one_by_one, Priority, strict=True)
+            ]
+        )
+    # High, normal, low, by predictions that are still unsure by a fifth.
+    assert refused == [[False, True, True], [False, False, True], [False, False, False]]
+
+
+def test_what_was_let_in_counts_until_it_arrives() -> None:
+    bench = Bench()
+    bench.oracle.prefill_s = 0.4
+    for number in range(4):
+        assert bench.ask() is None, number
+    work_s, requests = bench.oracle.asked[-1][1]
+    assert (work_s, requests) == (pytest.approx(1.2), 3)
+    assert bench.ask() is not None, "1.6 s wait before it"
+    waits, expected = bench.gate.arrived(0.0, TicketId("1"), NO_TERMS, 1024)
+    assert expected is not None
+    assert expected.prefill_s == 0.4
+    # Twice as long as its body made believe.
+    assert waits == Waiting("", 2.0, 2.0, 0.8)
+    assert bench.ask() is None
+    bench.now_s = ARRIVES_WITHIN_S
+    bench.ask()
+    assert bench.oracle.asked[-1][1] == Before(0.0, 0), "what never arrived"
+
+
+def test_what_waits_counts() -> None:
+    bench = Bench()
+    bench.backlog.add(key("a"), Waiting("", 1.0, prefill_s=1.7))
+    assert bench.ask() is not None
+    assert bench.oracle.asked[-1][1] == Before(1.7, 1)
+    assert bench.ask(Terms(priority=Priority.HIGH, ttft_slo_s=1.9)) is None, "goes before it"
+
+
+def test_due_and_late_follow_class_and_promise() -> None:
+    gate = Bench().gate
+    for priority, due_s in ((Priority.HIGH, 1.0), (Priority.NORMAL, 2.0), (Priority.LOW, 8.0)):
+        waits, expected = gate.arrived(0.0, None, Terms(priority=priority), 10)
+        assert (waits.due_s, waits.late_s, expected) == (due_s, 2.0, None)
+    waits, _ = gate.arrived(0.0, None, Terms(ttft_slo_s=0.5), 10)
+    assert (waits.due_s, waits.late_s) == (0.5, 0.5)
+
+
+def test_predictions_that_were_too_short_are_corrected() -> None:
+    bench = Bench()
+    bench.oracle.ttft_s = 1.5
+    assert bench.ask() is None
+    for _ in range(100):
+        bench.learn(Expected(1.5, 0.01, 0.1, 100.0), 2.1, 0.01)
+    assert bench.gate.ttft_factor.value == pytest.approx(1.4, rel=0.01)
+    assert bench.ask() is not None
+
+
+def test_what_is_far_from_what_was_promised_tells_nothing() -> None:
+    bench = Bench()
+    for _ in range(100):
+        bench.learn(Expected(0.01, 0.001, 0.01, 100.0), 0.1, 0.01)
+    assert bench.gate.ttft_factor.observations == bench.gate.tpot_factor.observations == 0
+
+
+def test_however_wrong_it_was_it_can_be_unlearned() -> None:
+    bench = Bench()
+    for _ in range(100):
+        bench.learn(Expected(1.5, 0.01, 0.1, 100.0), 1500.0, 0.01)
+    bench.oracle.ttft_s = 2.0 / LARGEST_MARGIN - 0.01
+    assert bench.ask() is None
+    assert bench.oracle.ttft_s > 0.5 * 2.0, "and tells something"
+
+
+def test_a_prompt_is_guessed_from_its_bytes() -> None:
+    bench = Bench()
+    bench.gate.sizes.observe("me /v1/completions", 1000, 500, 100)
+    bench.ask(Terms(body_bytes=4000, tenant="me"))
+    shape, _ = bench.oracle.asked[-1]
+    assert (shape.prompt_tokens, shape.cached_tokens) == (2000, 400)
+    assert (shape.ttft_slo_s, shape.tpot_slo_s) == (2.0, 0.05)
+    assert replace(shape, prompt_tokens=1).addresses == ()

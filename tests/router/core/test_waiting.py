@@ -1,0 +1,174 @@
+"""Requests that no worker takes yet wait at the router, in order, until something changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from protos.ids import RequestKey, TicketId
+from router.core.backlog import OUTPUT_WEIGHT, Before
+from router.core.events import (
+    NO_TERMS,
+    Finish,
+    Priority,
+    PromptUse,
+    RequestAborted,
+    RequestArrived,
+    Shape,
+    Submit,
+    Terms,
+    TicketAsked,
+    TicketGranted,
+    TicketRefused,
+)
+from router.core.gate import Promises
+from router.core.moves import CoreSettings
+from router.core.placement import Decision, Expected, Reason, Uncounted, View
+from router.core.router import RouterCore
+from tests.router.core.driving import Drive, demand, key, output
+
+PROMISES = Promises(2.0, None)
+
+
+class OneAtATime(Uncounted):
+    """A worker computes one prompt after another; what comes meanwhile waits."""
+
+    def __init__(self) -> None:
+        self.computing: RequestKey | None = None
+        self.expected = Expected(0.1, 0.01, 0.1, 10.0)
+
+    def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
+        workers = [worker.id for worker in view.pool if worker.usable]
+        if not workers or (self.computing is not None and not shape.output_tokens):
+            return None
+        self.computing = key
+        return Decision(Reason.NO_PREFILL_POOL, shape.prompt_tokens, workers[0], None, (), ())
+
+    def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected:
+        return self.expected
+
+    def first_token(self, now_s: float, key: RequestKey) -> None:
+        self.computing = None
+
+    def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
+        if self.computing == key:
+            self.computing = None
+
+
+class Bench(Drive):
+    """A core with that policy."""
+
+    def __init__(self, promises: Promises = PROMISES) -> None:
+        self.policy = OneAtATime()
+        settings = CoreSettings(expect_prefill=False, local_prefill_max_tokens=0, promises=promises)
+        self.core = RouterCore(settings, self.policy)
+        self.now_s = 100.0
+
+    def ask(self, name: str, terms: Terms = NO_TERMS) -> TicketGranted | TicketRefused:
+        (answer,) = self.feed(TicketAsked(TicketId(name), "POST", "/v1/completions", terms))
+        return answer  # type: ignore[no-any-return]
+
+    def come(self, name: str, terms: Terms = NO_TERMS) -> list[str]:
+        assert isinstance(self.ask(name, terms), TicketGranted)
+        return submitted(self.feed(RequestArrived(key(name), demand(name), TicketId(name))))
+
+    def leave(self, name: str) -> list[Any]:
+        return self.feed(RequestAborted(key(name)))
+
+
+def submitted(commands: Sequence[Any]) -> list[str]:
+    return [each.key.removeprefix("0:") for each in commands if isinstance(each, Submit)]
+
+
+def test_one_goes_for_each_that_is_computed_who_is_due_first_first() -> None:
+    bench = Bench()
+    bench.up("d")
+    assert bench.come("a") == ["a"]
+    assert bench.come("b") == bench.come("low", Terms(priority=Priority.LOW)) == []
+    assert bench.come("high", Terms(priority=Priority.HIGH)) == []
+    assert bench.come("soon", Terms(ttft_slo_s=0.5)) == []
+    gone = [
+        submitted(bench.step("d", output(1, 0, [1], request_id=name)))
+        for name in ("a", "soon", "high", "b", "low")
+    ]
+    assert gone == [["soon"], ["high"], ["b"], ["low"], []]
+
+
+def test_tenants_take_turns_by_tokens() -> None:
+    bench = Bench(Promises(100.0, None))
+    bench.up("d")
+    assert bench.come("a1", Terms(tenant="a")) == ["a1"]
+    for name in ("a2", "a3", "b1", "b2"):
+        assert bench.come(name, Terms(tenant=name[0])) == []
+    # After 10 tokens of prompt and 2 of output, a has got 14; b was lifted to 10.
+    assert OUTPUT_WEIGHT == 2
+    assert submitted(bench.step("d", output(1, 0, [1, 2], request_id="a1"))) == ["b1"]
+    assert submitted(bench.step("d", output(1, 0, [1], request_id="b1"))) == ["a2"]
+
+
+def test_an_end_or_an_abort_lets_the_next_go() -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.come("a")
+    bench.come("b")
+    bench.come("c")
+    ended = bench.step("d", output(1, 0, [1], finish=Finish.LENGTH))
+    assert submitted(ended) == ["b"]
+    assert submitted(bench.leave("b")) == ["c"]
+    assert bench.leave("c")
+    assert not bench.core.moves.backlog
+
+
+def test_one_that_waits_can_be_aborted() -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.come("a")
+    bench.come("b")
+    bench.leave("b")
+    assert submitted(bench.step("d", output(1, 0, [1]))) == []
+
+
+def test_waiting_for_a_turn_is_not_waiting_for_a_worker() -> None:
+    bench = Bench(Promises())
+    bench.up("d")
+    bench.come("a")
+    bench.come("b")
+    assert bench.pass_time(100) == []
+    bench.dead("d")
+    bench.pass_time(20)
+    assert key("b") in bench.core.moves.requests
+    bench.pass_time(15)
+    assert not bench.core.moves.requests
+
+
+def test_a_ticket_is_refused_by_what_is_predicted() -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.policy.expected = Expected(3.0, 0.01, 0.1, 10.0)
+    refused = bench.ask("a")
+    assert isinstance(refused, TicketRefused)
+    assert (refused.status, refused.retry_after_s) == (429, 2)
+    assert bench.core.moves.counts.refused_tickets == 1
+    assert isinstance(bench.ask("b", Terms(ttft_slo_s=9.0)), TicketGranted)
+
+
+def test_bodies_teach_how_long_prompts_are() -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.come("a", Terms(body_bytes=1000))
+    told = output(1, 0, [1], finish=Finish.LENGTH)
+    bench.step("d", replace(told, prompt_use=PromptUse(10, 6, 4, 0)))
+    guess = bench.core.moves.gate.sizes.guess(" /v1/completions", 1000)
+    assert (guess.tokens, guess.cached_tokens) == (10, 4)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_what_no_engine_does_is_not_refused(path: str) -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.policy.expected = Expected(3.0, 0.01, 0.1, 10.0)
+    (answer,) = bench.feed(TicketAsked(TicketId("a"), "POST", path))
+    assert isinstance(answer, TicketGranted)

@@ -1,0 +1,34 @@
+"""Under twice the load that can be served: who is let in is served as promised."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from router.core.costs import Slo
+from simulator import workloads
+from simulator.cluster import Layout
+from simulator.experiment import Outcome, run
+from simulator.profiles import PROFILES
+
+PROFILE = PROFILES["llama-3.1-8b-h100"]
+SLO = Slo(1.0, 0.05)
+OVERLOAD_RPS = 120.0
+"""Two engines serve about 60/s of it."""
+
+
+def overloaded(layout: Layout, policy: str) -> Outcome:
+    wish = workloads.Wish(OVERLOAD_RPS, 600.0, 3)
+    return run(layout, policy, SLO, islice(workloads.SYNTHETIC["poisson"](wish), 6000), seed=1)
+
+
+@pytest.mark.parametrize("layout", [Layout(PROFILE, 0, 2), Layout(PROFILE, 1, 1)])
+def test_few_of_those_that_are_let_in_are_late(layout: Layout) -> None:
+    measured = overloaded(layout, "baton").measured
+    assert measured.refused > 0.25 * measured.requests
+    assert measured.late < 0.02
+    assert measured.good + measured.refused <= measured.requests
+    peer = overloaded(layout, "least_loaded").measured
+    assert peer.refused == 0
+    assert measured.good > 1.5 * peer.good
