@@ -150,7 +150,7 @@ def test_a_ticket_is_refused_by_what_is_predicted() -> None:
     bench.policy.expected = Expected(3.0, 0.01, 0.1, 10.0)
     refused = bench.ask("a")
     assert isinstance(refused, TicketRefused)
-    assert (refused.status, refused.retry_after_s) == (429, 2)
+    assert (refused.status, refused.retry_after_s) == (429, 3)
     assert bench.core.moves.counts.refused_tickets == 1
     assert isinstance(bench.ask("b", Terms(ttft_slo_s=9.0)), TicketGranted)
 
