@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from engine.latency_model import StepTimes
-from engine.learned_times import Factor
+from engine.learned_times import LearnedTimes
 from protos.ids import RequestKey, WorkerId
 from router.core.ahead import Ahead
 from router.core.candidates import Column, Shortlist
@@ -76,11 +76,10 @@ class JointPlacement:
         weights: Weights = WEIGHTS,
     ) -> None:  # fmt: skip
         self._tie_break = tie_break
-        self._pricing = Pricing(times, max_step_tokens, weights)
+        self.learned = LearnedTimes()
+        self._pricing = Pricing(times, max_step_tokens, weights, self.learned)
         self._slo = slo
         self._weights = weights
-        self.prefill_factor = Factor()
-        """By which prompts take longer than the profile says."""
         self._lengths = OutputLengths()
         self.forecasts: dict[WorkerId, Forecast] = {}
         self._columns: Columns | None = None
@@ -127,14 +126,27 @@ class JointPlacement:
         if computed.due_s:
             forecast = self._change(computed.worker)
             forecast.end_prefill(now_s, key)
-            forecast.done.add(now_s, computed, self.prefill_factor)
+            forecast.done.add(now_s, computed, self.learned.prefill)
+            self.learned.first_token.observe(now_s - computed.placed_s, computed.ttft_s)
             self._ahead.remove(computed.worker, placed.addresses)
             computed.due_s = 0.0
             forecast.has_come(computed)
             if len(placed.parts) > 1:
                 del placed.parts[0]  # The other one makes the tokens.
-        else:
-            self._change(placed.parts[-1].worker).has_come(placed.parts[-1])
+                placed.parts[0].placed_s = now_s
+        elif not placed.parts[0].decoding:
+            self._has_come(now_s, placed.parts[0])
+
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """A step of decodes alone tells how long those take."""
+        forecast = self.forecasts.get(worker.id)
+        if forecast is None or not forecast.running or forecast.prefills:
+            return
+        # What other routers put there is taken to be like what this one did.
+        running = max(forecast.running, worker.load.running)
+        context_tokens = forecast.running_context_tokens * running / forecast.running
+        profiled_s = self._pricing.profiled_step_s(running, context_tokens)
+        self.learned.step.observe(worker.load.step_time_s, profiled_s)
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
@@ -149,6 +161,14 @@ class JointPlacement:
                 forecast.end_prefill(now_s, key)
                 self._ahead.remove(part.worker, placed.addresses)
             forecast.end(part)
+
+    def _has_come(self, now_s: float, part: Part) -> None:
+        """What it fetched is there, and a step has used it."""
+        forecast = self._change(part.worker)
+        forecast.has_come(part)
+        step_s = self._pricing.step_s(forecast.running, forecast.running_context_tokens)
+        profiled_s = self._pricing.profiled_transfer_s(part.fetched_blocks, step_s)
+        self.learned.transfer.observe(now_s - part.placed_s - step_s, profiled_s)
 
     # What is known
 
@@ -182,7 +202,7 @@ class JointPlacement:
                 columns.write(worker, self.forecasts[worker])
         self._changed.clear()
         cached = columns.spread(self._held(view, shape))
-        return self._pricing.find(ask, columns, cached, self.prefill_factor.value)
+        return self._pricing.find(ask, columns, cached)
 
     def _forecast(self, worker: WorkerId) -> Forecast:
         return self.forecasts.setdefault(worker, Forecast())
@@ -228,12 +248,18 @@ class JointPlacement:
             computing, at = placed[0]
             computing.placed_s, computing.occupies_s = ask.now_s, float(there.occupies_s[at])
             computing.work_s, computing.base_s = float(there.work_s[at]), float(there.base_s[at])
+            computing.ttft_s = float(there.ttft_s[at])
             window_s = self._weights.share_window_s
             self._change(computing.worker).add_prefill(ask.now_s, key, computing, window_s)
             self._ahead.store(computing.worker, shape.addresses)
+        else:
+            decoding.placed_s = ask.now_s
         for part, at in placed:
             part.coming_tokens = ask.tokens - int(there.cached[at])
             self._change(part.worker).coming_tokens += part.coming_tokens
+        if first is not None or not computed:
+            block_tokens = float(there.columns.block_tokens[chosen.at])
+            decoding.fetched_blocks = decoding.coming_tokens / block_tokens
         parts = [part for part, _ in placed]
         self._placed[key] = _Placed(shape.kind, tuple(shape.addresses), parts)
 

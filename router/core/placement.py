@@ -129,6 +129,10 @@ class Placement(Protocol):
         """The prompt that was placed is computed; comes again when its second worker goes on."""
         ...
 
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """Its engine took a step and said what it is under now; the step's outputs come next."""
+        ...
+
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """The request is over, after so many tokens if it ended by itself; or it will be placed
         anew. Nothing of it is anywhere."""
@@ -140,6 +144,9 @@ class Uncounted:
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Nothing to count."""
+
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """Nothing to learn."""
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """Nothing to count."""
