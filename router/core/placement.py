@@ -227,8 +227,3 @@ def never_split_because(view: View, shape: Shape, prefill_up: bool) -> Reason | 
     if shape.max_tokens == 1:
         return Reason.ONE_TOKEN
     return None
-
-
-POLICIES: Final[dict[str, Callable[[TieBreak], Placement]]] = {
-    "least_predicted_work": LeastPredictedWork,
-}

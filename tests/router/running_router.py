@@ -136,6 +136,7 @@ class Unit:
             router_id="unit",
             link_token=TOKEN,
             expect_prefill=True,
+            joint=None,
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
         )
