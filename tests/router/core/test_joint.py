@@ -56,7 +56,8 @@ class Bench:
 
     def place(self, tokens: int = 1280, prefix: int = 0, **more: object) -> Decision:
         self._made += 1
-        shape = Shape(tokens, None, addresses=addresses(prefix, tokens), **more)  # type: ignore[arg-type]
+        values = {"max_tokens": None, "addresses": addresses(prefix, tokens)} | more
+        shape = Shape(tokens, **values)  # type: ignore[arg-type]
         decision = self.policy.place(self.now_s, self.view, self.key(self._made), shape)
         assert decision is not None
         return decision
@@ -404,7 +405,7 @@ def test_steps_that_only_decode_tell_how_long_those_take() -> None:
     worker.load = EngineLoad(running=1, step_time_s=3 * step_s)
     bench.policy.stepped(bench.now_s, worker)
     assert bench.policy.learned.step.value == pytest.approx(3)
-    bench.now_s += 1e6  # Prompts' share of the time is long past.
+    bench.now_s += 50  # Prompts' share of the time is past.
     after_s = predicted(bench.place(tokens=128, prefix=1), "d1")["tpot_s"]
     assert after_s == pytest.approx(3 * before_s, rel=0.01)
 
@@ -449,6 +450,45 @@ def test_first_tokens_that_are_hard_to_tell_cost_more() -> None:
         return bench.place(tokens=12_800).candidates[0].cost
 
     assert cost(0.5) > cost(0.1)
+
+
+def test_what_must_be_over_is_taken_off() -> None:
+    """Three requests of which nothing is heard: one computed, one not, one split."""
+    bench = Bench("p1", "d1", slo=Slo(ttft_s=2.0, tpot_s=0.02))
+    bench.place(tokens=128, prefix=1, max_tokens=2000)
+    bench.first_token(1)
+    bench.place(tokens=128, prefix=2, max_tokens=2000, prompt_logprobs=True)
+    assert bench.place(tokens=25_600, prefix=3, max_tokens=2000).prefill == "p1"
+    assert sum(len(each.prefills) for each in bench.policy.forecasts.values()) == 2
+    bench.now_s += 70
+    for number in range(4, 7):  # Each question looks at two.
+        bench.place(tokens=128, prefix=9, max_tokens=1)
+        bench.ended(number, None)
+    assert not any(each.prefills for each in bench.policy.forecasts.values())
+    assert bench.policy.forecasts[WorkerId("d1")].decodes == 3
+    bench.now_s += 60
+    for number in range(7, 10):
+        bench.place(tokens=128, prefix=9, max_tokens=1)
+        bench.ended(number, None)
+    assert all(each.idle for each in bench.policy.forecasts.values())
+    assert bench.policy.forecasts[WorkerId("p1")].coming_tokens == 0
+
+
+def test_what_is_late_yet_comes_goes_on() -> None:
+    bench = Bench("p1", "d1", slo=Slo(ttft_s=2.0, tpot_s=0.02))
+    bench.place(tokens=25_600, max_tokens=10_000)
+    bench.now_s += 100
+    for number in range(2, 4):
+        bench.place(tokens=128, prefix=9, max_tokens=1)
+        bench.ended(number, None)
+    assert not bench.policy.forecasts[WorkerId("p1")].prefills
+    bench.first_token(1)
+    bench.first_token(1)
+    decode = bench.policy.forecasts[WorkerId("d1")]
+    assert (decode.running, decode.decodes, decode.coming_tokens) == (1, 1, 0)
+    assert bench.policy.forecasts[WorkerId("p1")].coming_tokens == 0
+    bench.ended(1)
+    assert all(each.idle for each in bench.policy.forecasts.values())
 
 
 def test_workers_that_are_gone_are_forgotten() -> None:
