@@ -26,6 +26,7 @@ import psutil
 
 from benchmarks.report import machine, table
 from engine.latency_model import StepTimes
+from engine.profiles import PROFILES
 from kvstore.content import block_addresses, root_address
 from kvstore.index import CLEARED_AT_ONCE, KvIndex
 from protos.enginecore import ENGINE_TAG
@@ -35,7 +36,6 @@ from router.core.events import Role, Shape, WorkerUp
 from router.core.joint import JointPlacement
 from router.core.placement import View
 from router.core.workers import WorkerPool
-from simulator.profiles import PROFILES
 
 BLOCK_TOKENS: Final = 128
 PROMPT_TOKENS: Final = (8_192, 100_000)

@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from cluster import model
+from cluster import engine_profile, model
 from cluster.config import Config
 from cluster.instance import Instance
 from cluster.local_ray import NAMESPACE
 from protos.errors import ConfigError
-from router.settings import RouterSettings, UnitSettings
+from router.settings import JointSettings, RouterSettings, UnitSettings
 
 ROUTER_ID: Final = "router-0"
+UNPROMISED_TTFT_MS: Final = 2000.0
+UNPROMISED_TPOT_MS: Final = 50.0
+"""What joint placement weighs by where nothing is promised."""
 _APPLICATION: Final = "baton-router-units"
 _ROUTER_MODULE: Final = "router.process"
 _OWN_VLLM_RS: Final = Path(sys.executable).parent / "vllm-rs"
@@ -112,6 +115,9 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         router_id=ROUTER_ID,
         link_token=link_token,
         expect_prefill=config.prefill.replicas > 0,
+        promised_ttft_s=_seconds(config.router.ttft_slo_ms),
+        promised_tpot_s=_seconds(config.router.tpot_slo_ms),
+        joint=_joint(config, directory),
         local_prefill_max_tokens=config.router.local_prefill_max_tokens,
         max_requests=config.router.max_requests,
         served_model_names=names,
@@ -126,6 +132,21 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         [target],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
+    )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _joint(config: Config, directory: Path) -> JointSettings | None:
+    if config.router.policy != "joint":
+        return None
+    return JointSettings(
+        ttft_slo_s=(config.router.ttft_slo_ms or UNPROMISED_TTFT_MS) / 1000,
+        tpot_slo_s=(config.router.tpot_slo_ms or UNPROMISED_TPOT_MS) / 1000,
+        timing=engine_profile.timing(config, directory),
+        max_step_tokens=engine_profile.max_step_tokens(config),
     )
 
 

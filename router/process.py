@@ -26,10 +26,12 @@ from typing import Any, Final
 import msgspec
 import uvloop
 
+from engine.latency_model import StepTimes
 from protos import anchor_link, enginecore, membership
 from protos.ids import RequestKey, TicketId, WorkerId, request_key
 from router import anchor_client
 from router.core import admission
+from router.core.costs import Slo
 from router.core.events import (
     AbortOn,
     AskCache,
@@ -53,13 +55,15 @@ from router.core.events import (
     TicketGranted,
     TicketRefused,
 )
+from router.core.gate import Promises
+from router.core.joint import JointPlacement
 from router.core.moves import CoreSettings
-from router.core.placement import POLICIES
+from router.core.placement import LeastPredictedWork, Placement, TieBreak
 from router.core.router import RouterCore
 from router.edge_log import EdgeLog
 from router.metrics import LinkBytes, Measured
 from router.report import Report
-from router.settings import RouterSettings, UnitPaths, load_router
+from router.settings import JointSettings, RouterSettings, UnitPaths, load_router
 from router.tickets import (
     TicketConnection,
     TicketMint,
@@ -72,7 +76,6 @@ from router.worker_links import WorkerLinks
 
 _log = logging.getLogger("router")
 
-POLICY: Final = "least_predicted_work"
 TICK_S: Final = 0.1
 HTTP_AFTER_S: Final = 0.1
 DEFECT_STATUS: Final = 70
@@ -87,10 +90,10 @@ class RouterProcess:
         self._incarnation = time.time_ns()
         core_settings = CoreSettings(
             settings.expect_prefill, settings.local_prefill_max_tokens, settings.kept_records,
-            settings.max_requests,
+            settings.max_requests, Promises(settings.promised_ttft_s, settings.promised_tpot_s),
         )  # fmt: skip
         tie_break = random.Random(self._incarnation).randrange
-        self.core = RouterCore(core_settings, POLICIES[POLICY](tie_break))
+        self.core = RouterCore(core_settings, _placement(settings.joint, tie_break))
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
         self._measured = Measured()
         self._fronts_told = _FrontsTold()
@@ -309,6 +312,13 @@ class _FrontsTold:
         ready = enginecore.decode_ready(self._payload)
         ready.max_model_len = max_model_len_tokens
         return enginecore.encode(ready)
+
+
+def _placement(joint: JointSettings | None, tie_break: TieBreak) -> Placement:
+    if joint is None:
+        return LeastPredictedWork(tie_break)
+    slo = Slo(joint.ttft_slo_s, joint.tpot_slo_s)
+    return JointPlacement(tie_break, StepTimes(joint.timing), joint.max_step_tokens, slo)
 
 
 def _deadline_s(ticket: TicketId | None, wall_s: float) -> float | None:

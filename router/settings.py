@@ -13,6 +13,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from engine.spec import SimulatedTiming
+
 
 class UnitPaths:
     """Names of everything in a unit's directory."""
@@ -74,6 +76,16 @@ class UnitSettings(Struct, frozen=True, kw_only=True):
     environment: dict[str, str] = {}
 
 
+class JointSettings(Struct, frozen=True, kw_only=True):
+    """What joint placement weighs and starts from."""
+
+    ttft_slo_s: float
+    tpot_slo_s: float
+    timing: SimulatedTiming
+    """How long the engines' steps should take."""
+    max_step_tokens: int
+
+
 class RouterSettings(Struct, frozen=True, kw_only=True):
     """The router process's."""
 
@@ -81,8 +93,14 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     link_token: str
     expect_prefill: bool
     """The prefill pool is not empty by configuration: be healthy only with one of each."""
+    promised_ttft_s: float | None
+    promised_tpot_s: float | None
+    """What every request is promised that does not say otherwise; None: nothing."""
+    joint: JointSettings | None
+    """None: least predicted work."""
     local_prefill_max_tokens: int
-    """Prompts of at most this many tokens are computed on the decode worker."""
+    """For least predicted work: prompts of at most this many tokens are computed on the decode
+    worker."""
     served_model_names: list[str]
     ticket_ttl_s: float = 600.0
     """Longer than any upload may take: a ticket is given before the body is read."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
+from engine.profiles import EngineProfile
 from protos.ids import RequestKey, TicketId, WorkerId
 from router.core.events import (
     AbortOn,
@@ -36,7 +37,6 @@ from router.core.gate import NOTHING_PROMISED, Promises
 from router.core.moves import CoreSettings
 from router.core.placement import Placement
 from router.core.router import RouterCore
-from simulator.profiles import EngineProfile
 from simulator.traces import BLOCK_TOKENS, TracedRequest
 from simulator.worker import Asked, SimulatedWorker
 

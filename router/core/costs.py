@@ -1,5 +1,8 @@
 """What a request costs on each worker: to itself, to those beside it and to those behind it.
 
+A latency that is the share x of its SLO costs x squared, of which the expectation is taken: a time
+that is spread wide costs more than its median says (`engine.learned_times`).
+
 Pure; all workers at once, in columns. docs/adr/0007 tells how costs came to be squared shares of
 the SLOs.
 """
@@ -9,15 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from engine.latency_model import StepTimes
-from engine.spec import SimulatedTiming
+from engine.learned_times import LearnedTimes
 from router.core.candidates import Column
 from router.core.columns import Columns
 from router.core.forecast import LARGEST_SHARE
+
+Amount = TypeVar("Amount", float, Column)
 
 COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s")
 _FULL: Final = 0.9
@@ -95,21 +100,42 @@ class Found(NamedTuple):
 class Pricing:
     """Predicts times and weighs them. Parts are priced as columns: costs, then `COMPARED`."""
 
-    def __init__(self, times: StepTimes, max_step_tokens: int, weights: Weights) -> None:
+    def __init__(
+        self, times: StepTimes, max_step_tokens: int, weights: Weights, learned: LearnedTimes
+    ) -> None:
         self._timing = times.timing
+        self._learned = learned
         self._max_step_tokens = max_step_tokens
         self._weights = weights
 
-    def find(self, ask: Asked, columns: Columns, cached: Column, prefill_factor: float) -> Found:
+    def step_s(self, requests: Amount, context_tokens: Amount) -> Amount:
+        """A step that only decodes."""
+        return self._learned.step.value * self.profiled_step_s(requests, context_tokens)
+
+    def profiled_step_s(self, requests: Amount, context_tokens: Amount) -> Amount:
+        """As the profile says: `StepTimes.step_s` of many workers."""
+        timing = self._timing
+        return (
+            timing.step_base_s
+            + requests * timing.decode_request_s
+            + context_tokens * timing.decode_context_token_s
+        )
+
+    def profiled_transfer_s(self, blocks: Amount, step_s: Amount) -> Amount:
+        """From a hand-off until the request is in a step: it waits for its blocks, then for the end
+        of a step that is under way, half of one on average."""
+        return blocks * self._timing.transfer_block_s + step_s / 2
+
+    def find(self, ask: Asked, columns: Columns, cached: Column) -> Found:
         """What is predicted for the request on each worker."""
         timing, window_s = self._timing, self._weights.share_window_s
         tokens = ask.tokens - cached
-        before_s = _step_s(timing, columns.decodes, columns.context_tokens)
-        running_s = _step_s(timing, columns.running, columns.running_context_tokens)
+        before_s = self.step_s(columns.decodes, columns.context_tokens)
+        running_s = self.step_s(columns.running, columns.running_context_tokens)
         # In chunks, each beside what decodes there by now.
         steps = tokens / np.maximum(1.0, self._max_step_tokens - columns.running)
         work_s = tokens * (timing.prefill_token_s + (cached + tokens / 2) * timing.prefill_pair_s)
-        takes_s = prefill_factor * work_s
+        takes_s = self._learned.prefill.value * work_s
         base_s = np.ceil(steps) * running_s
         prefill_s, occupies_s = takes_s + base_s, takes_s + steps * running_s
         queue_s, share = columns.queue_s(ask.now_s), columns.prefill_share(ask.now_s, window_s)
@@ -130,73 +156,70 @@ class Pricing:
     ) -> float:
         """What a predicted time between tokens at one worker will be after a while, when some of
         those that decode there now will have ended, and others will have joined them."""
-        timing = self._timing
-        lives_s = tpot_s * ask.length_tokens
-        gone = -math.expm1(-after_s / lives_s)
-        ended_s = gone * float(
-            columns.running[at] * timing.decode_request_s
-            + columns.running_context_tokens[at] * timing.decode_context_token_s
+        gone = -math.expm1(-after_s / (tpot_s * ask.length_tokens))
+        running, running_tokens = columns.running[at], columns.running_context_tokens[at]
+        requests, tokens = (
+            joined - gone * running,
+            joined * ask.context_tokens - gone * running_tokens,
         )
-        each_s = timing.decode_request_s + ask.context_tokens * timing.decode_context_token_s
-        return tpot_s + joined * each_s - ended_s
+        step_s = self.step_s(requests, tokens) - self.step_s(0.0, 0.0)
+        return tpot_s + float(step_s)
 
     def prefill(self, ask: Asked, there: Found) -> Sequence[Column]:
         """Its prompt alone."""
-        cost = self._behind(ask, there) + _beside(ask, there, there.before_s / there.left_with_it)
+        tpot_s = there.before_s / there.left_with_it
+        cost = self._behind(ask, there) + self._beside(ask, there, tpot_s)
         none = there.columns.none
         return cost, there.cached, there.queue_s, there.prefill_s, none, there.ttft_s, none
 
     def decode(self, ask: Asked, there: Found) -> Sequence[Column]:
         """What comes after a prompt that another worker computes."""
         blocks = (ask.tokens - there.cached) / there.columns.block_tokens
-        transfer_s = blocks * self._timing.transfer_block_s
+        transfer_s = self._learned.transfer.mean * self.profiled_transfer_s(blocks, there.before_s)
         tpot_s = self._with_it_s(ask, there) / there.left
-        cost = _beside(ask, there, tpot_s) + there.crowding
+        cost = self._beside(ask, there, tpot_s) + there.crowding
         # Its client waits for the second token while the prompt's state moves.
         tpot_s = tpot_s + transfer_s / ask.length_tokens
-        cost += (tpot_s / ask.slo.tpot_s) ** 2
+        cost += self._own(ask, tpot_s)
         none = there.columns.none
         return cost, there.cached, none, none, transfer_s, none, tpot_s
 
     def whole(self, ask: Asked, there: Found) -> Sequence[Column]:
         """Both."""
         tpot_s = self._with_it_s(ask, there) / there.left_with_it
-        cost = self._behind(ask, there) + (tpot_s / ask.slo.tpot_s) ** 2
-        cost += _beside(ask, there, tpot_s) + there.crowding
+        cost = self._behind(ask, there) + self._own(ask, tpot_s)
+        cost += self._beside(ask, there, tpot_s) + there.crowding
         none = there.columns.none
         return cost, there.cached, there.queue_s, there.prefill_s, none, there.ttft_s, tpot_s
 
     def _with_it_s(self, ask: Asked, there: Found) -> Column:
         """A decode step of all that are to decode there and the request."""
         timing = self._timing
-        return there.before_s + (
-            timing.decode_request_s + ask.context_tokens * timing.decode_context_token_s
-        )
+        added_s = timing.decode_request_s + ask.context_tokens * timing.decode_context_token_s
+        return there.before_s + self._learned.step.value * added_s
 
     def _behind(self, ask: Asked, there: Found) -> Column:
         """What this prompt's wait and time are worth to itself and to those that come after it: as
         many as wait now, and some."""
-        share = there.ttft_s / ask.slo.ttft_s
-        price = np.maximum(self._weights.floor, 2 * share)
+        slo_s, dearer = ask.slo.ttft_s, self._learned.first_token.square_over_median
+        share = there.ttft_s / slo_s
+        price = np.maximum(self._weights.floor, 2 * dearer * share)
         later = self._weights.later + there.columns.waiting
-        cost: Column = share * share + later * price * there.occupies_s / ask.slo.ttft_s
+        cost: Column = dearer * share * share + later * price * there.occupies_s / slo_s
         return cost
 
+    def _beside(self, ask: Asked, there: Found, tpot_s: Column) -> Column:
+        """What all that decode there are hurt, if their tokens come so far apart with this one."""
+        before_s = there.tpot_before_s
+        more = (tpot_s * tpot_s - before_s * before_s) / ask.slo.tpot_s**2
+        cost: Column = self._learned.step.square_over_median * there.columns.decodes * more
+        return cost
 
-def _step_s(timing: SimulatedTiming, requests: Column, context_tokens: Column) -> Column:
-    """Of decodes alone: `StepTimes.step_s` of many workers."""
-    return (
-        timing.step_base_s
-        + requests * timing.decode_request_s
-        + context_tokens * timing.decode_context_token_s
-    )
-
-
-def _beside(ask: Asked, there: Found, tpot_s: Column) -> Column:
-    """What all that decode there are hurt, if their tokens come so far apart with this one."""
-    before_s, slo_s = there.tpot_before_s, ask.slo.tpot_s
-    cost: Column = there.columns.decodes * (tpot_s * tpot_s - before_s * before_s) / slo_s**2
-    return cost
+    def _own(self, ask: Asked, tpot_s: Column) -> Column:
+        """What its own tokens' distance is worth to it."""
+        share = tpot_s / ask.slo.tpot_s
+        cost: Column = self._learned.step.square_over_median * share * share
+        return cost
 
 
 def _crowding(ask: Asked, columns: Columns, cached: Column) -> Column:

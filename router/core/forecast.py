@@ -26,18 +26,23 @@ class Part:
 
     worker: WorkerId
     placed_s: float = 0.0
+    """Or handed off to this worker."""
     work_s: float = 0.0
     """What the profile says that its prompt's tokens take."""
     base_s: float = 0.0
     """What its steps take beside that, if it has them for itself."""
     occupies_s: float = 0.0
     """By how much it delays what comes after it: prompts share steps."""
+    ttft_s: float = 0.0
+    """Its prompt's predicted wait and time, from when it was placed."""
     due_s: float = 0.0
     """When its prompt should be computed there; 0 if it is not to be."""
     context_tokens: float = 0.0
     """What it adds to each decode step there; 0 if it does not decode there."""
     coming_tokens: int = 0
     """Of its KV state, what may not be there yet, nor in the worker's reports."""
+    fetched_blocks: float = 0.0
+    """Of these, what another worker computed or has."""
     decoding: bool = False
     """Its tokens are being made there."""
 

@@ -17,6 +17,7 @@ context. First tokens that come earlier or later than predicted move the forecas
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -24,7 +25,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from engine.latency_model import StepTimes
-from engine.learned_times import Factor
+from engine.learned_times import LearnedTimes
 from protos.ids import RequestKey, WorkerId
 from router.core.ahead import Ahead
 from router.core.backlog import Before
@@ -46,6 +47,12 @@ from router.core.placement import (
 from router.core.workers import Worker
 
 _GONE_KEPT: Final = 16
+_AGED_AT_ONCE: Final = 2
+_LATE: Final = 4.0
+"""What takes so many times as long as predicted, and a minute, counts as over."""
+_LATE_S: Final = 60.0
+_LONG: Final = 10.0
+"""Outputs without a limit are taken to be so many times as long as expected at most."""
 _TTFT: Final = COMPARED.index("ttft_s")
 _TPOT: Final = COMPARED.index("tpot_s")
 
@@ -57,6 +64,9 @@ class _Placed:
     kind: str
     addresses: tuple[bytes, ...]
     parts: list[Part]
+    first_token_by_s: float
+    """After this, nobody waits for its first token any more."""
+    over_by_s: float
 
 
 class _Choice(NamedTuple):
@@ -89,17 +99,17 @@ class JointPlacement:
         weights: Weights = WEIGHTS,
     ) -> None:  # fmt: skip
         self._tie_break = tie_break
-        self._pricing = Pricing(times, max_step_tokens, weights)
+        self.learned = LearnedTimes()
+        self._pricing = Pricing(times, max_step_tokens, weights, self.learned)
         self._slo = slo
         self._weights = weights
-        self.prefill_factor = Factor()
-        """By which prompts take longer than the profile says."""
         self._lengths = OutputLengths()
         self.forecasts: dict[WorkerId, Forecast] = {}
         self._columns: Columns | None = None
         self._changed: set[WorkerId] = set()
         """Whose forecast is not as the columns say."""
-        self._placed: dict[RequestKey, _Placed] = {}
+        self._placed: OrderedDict[RequestKey, _Placed] = OrderedDict()
+        """Those that were looked at longest ago, by `_age`, first."""
         self._ahead = Ahead()
 
     # What is asked
@@ -110,6 +120,7 @@ class JointPlacement:
         if not prefill and not decode:
             return None
         self._prune(view)
+        self._age(now_s)
         ask = self._asked(now_s, shape)
         there = self._find(ask, view, shape, prefill, decode)
         columns, pricing, kept = there.columns, self._pricing, Shortlist()
@@ -129,6 +140,7 @@ class JointPlacement:
         prefill, decode = view.pool.usable(Role.PREFILL), view.pool.usable(Role.DECODE)
         if not prefill and not decode:
             return None
+        self._age(now_s)
         ask = self._asked(now_s, shape)
         there = self._find(ask, view, shape, prefill, decode)
         best = self._best(ask, view, shape, there, Shortlist())
@@ -167,18 +179,30 @@ class JointPlacement:
         placed = self._placed.get(key)
         if placed is None:
             return
-        computed = placed.parts[0]
-        if computed.due_s:
-            forecast = self._change(computed.worker)
-            forecast.end_prefill(now_s, key)
-            forecast.done.add(now_s, computed, self.prefill_factor)
-            self._ahead.remove(computed.worker, placed.addresses)
-            computed.due_s = 0.0
-            forecast.has_come(computed)
-            if len(placed.parts) > 1:
-                del placed.parts[0]  # The other one makes the tokens.
-        else:
-            self._change(placed.parts[-1].worker).has_come(placed.parts[-1])
+        part = placed.parts[0]
+        if part.due_s:
+            forecast = self._change(part.worker)
+            self._end_prompt(now_s, key, placed)
+            forecast.done.add(now_s, part, self.learned.prefill)
+            self.learned.first_token.observe(now_s - part.placed_s, part.ttft_s)
+            forecast.has_come(part)
+        if len(placed.parts) > 1:  # The other one makes the tokens.
+            self._change(part.worker).end(part)
+            del placed.parts[0]
+            placed.parts[0].placed_s = now_s
+        elif not part.decoding:
+            self._has_come(now_s, part)
+
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """A step of decodes alone tells how long those take."""
+        forecast = self.forecasts.get(worker.id)
+        if forecast is None or not forecast.running or forecast.prefills:
+            return
+        # What other routers put there is taken to be like what this one did.
+        running = max(forecast.running, worker.load.running)
+        context_tokens = forecast.running_context_tokens * running / forecast.running
+        profiled_s = self._pricing.profiled_step_s(running, context_tokens)
+        self.learned.step.observe(worker.load.step_time_s, profiled_s)
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
@@ -187,12 +211,42 @@ class JointPlacement:
             return
         if output_tokens is not None:
             self._lengths.observe(placed.kind, output_tokens)
+        self._take_off(now_s, key, placed)
+
+    def _take_off(self, now_s: float, key: RequestKey, placed: _Placed) -> None:
+        self._end_prompt(now_s, key, placed)
         for part in placed.parts:
-            forecast = self._change(part.worker)
-            if part.due_s:
-                forecast.end_prefill(now_s, key)
-                self._ahead.remove(part.worker, placed.addresses)
-            forecast.end(part)
+            self._change(part.worker).end(part)
+
+    def _end_prompt(self, now_s: float, key: RequestKey, placed: _Placed) -> None:
+        """It waits no more, if it did."""
+        part = placed.parts[0]
+        if part.due_s:
+            self._change(part.worker).end_prefill(now_s, key)
+            self._ahead.remove(part.worker, placed.addresses)
+            part.due_s = 0.0
+
+    def _age(self, now_s: float) -> None:
+        """Take off what must be over, though nobody said so: a few with each question, so that
+        each has its turn."""
+        for _ in range(min(_AGED_AT_ONCE, len(self._placed))):
+            key, placed = self._placed.popitem(last=False)
+            if now_s > placed.over_by_s:
+                self._take_off(now_s, key, placed)
+                continue
+            if now_s > placed.first_token_by_s:
+                self._end_prompt(now_s, key, placed)
+            self._placed[key] = placed
+
+    def _has_come(self, now_s: float, part: Part) -> None:
+        """What it fetched is there, and a step has used it."""
+        forecast = self._change(part.worker)
+        forecast.has_come(part)
+        if not part.fetched_blocks:
+            return
+        step_s = self._pricing.step_s(forecast.running, forecast.running_context_tokens)
+        profiled_s = self._pricing.profiled_transfer_s(part.fetched_blocks, step_s)
+        self.learned.transfer.observe(now_s - part.placed_s - step_s, profiled_s)
 
     # What is known
 
@@ -226,7 +280,7 @@ class JointPlacement:
                 columns.write(worker, self.forecasts[worker])
         self._changed.clear()
         cached = columns.spread(self._held(view, shape), shape.cached_tokens)
-        return self._pricing.find(ask, columns, cached, self.prefill_factor.value)
+        return self._pricing.find(ask, columns, cached)
 
     def _forecast(self, worker: WorkerId) -> Forecast:
         return self.forecasts.setdefault(worker, Forecast())
@@ -272,14 +326,25 @@ class JointPlacement:
             computing, at = placed[0]
             computing.placed_s, computing.occupies_s = ask.now_s, float(there.occupies_s[at])
             computing.work_s, computing.base_s = float(there.work_s[at]), float(there.base_s[at])
+            computing.ttft_s = float(there.ttft_s[at])
             window_s = self._weights.share_window_s
             self._change(computing.worker).add_prefill(ask.now_s, key, computing, window_s)
             self._ahead.store(computing.worker, shape.addresses)
+        else:
+            decoding.placed_s = ask.now_s
         for part, at in placed:
             part.coming_tokens = ask.tokens - int(there.cached[at])
             self._change(part.worker).coming_tokens += part.coming_tokens
+        if first is not None or not computed:
+            block_tokens = float(there.columns.block_tokens[chosen.at])
+            decoding.fetched_blocks = decoding.coming_tokens / block_tokens
         parts = [part for part, _ in placed]
-        self._placed[key] = _Placed(shape.kind, tuple(shape.addresses), parts)
+        most_tokens = shape.max_tokens or _LONG * ask.length_tokens
+        first_token_by_s = ask.now_s + _LATE_S + _LATE * parts[0].ttft_s
+        self._placed[key] = _Placed(
+            shape.kind, tuple(shape.addresses), parts, first_token_by_s,
+            first_token_by_s + _LATE * most_tokens * chosen.numbers[_TPOT],
+        )  # fmt: skip
 
 
 def _decision(

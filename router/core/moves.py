@@ -38,6 +38,7 @@ class CoreSettings:
     max_requests: int = 10_000
     """So many under way, no more tickets are given."""
     promises: Promises = NOTHING_PROMISED
+    """What every request is promised that does not say otherwise."""
     index_block_tokens: int = 128
     """What one entry of the KV index stands for."""
     index_entries: int = 2_000_000

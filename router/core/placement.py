@@ -147,25 +147,28 @@ class Placement(Protocol):
         """The prompt that was placed is computed; comes again when its second worker goes on."""
         ...
 
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """Its engine took a step and said what it is under now; the step's outputs come next."""
+        ...
+
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """The request is over, after so many tokens if it ended by itself; or it will be placed
         anew. Nothing of it is anywhere."""
         ...
 
 
-class Unpredicting:
-    """For policies that can't tell what a request would get: nothing is refused early by them."""
+class Uncounted:
+    """For policies that count nothing of their own, and can't tell what a request would get."""
 
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
-        """It can't."""
+        """Nobody is refused by them."""
         return None
-
-
-class Uncounted(Unpredicting):
-    """For policies that count nothing of their own."""
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Nothing to count."""
+
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """Nothing to learn."""
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """Nothing to count."""
@@ -246,8 +249,3 @@ def never_split_because(view: View, shape: Shape, prefill_up: bool) -> Reason | 
     if shape.max_tokens == 1:
         return Reason.ONE_TOKEN
     return None
-
-
-POLICIES: Final[dict[str, Callable[[TieBreak], Placement]]] = {
-    "least_predicted_work": LeastPredictedWork,
-}

@@ -136,6 +136,9 @@ class Unit:
             router_id="unit",
             link_token=TOKEN,
             expect_prefill=True,
+            promised_ttft_s=None,
+            promised_tpot_s=None,
+            joint=None,
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
         )

@@ -6,11 +6,11 @@ from itertools import islice
 
 import pytest
 
+from engine.profiles import PROFILES
 from router.core.costs import Slo
 from simulator import workloads
 from simulator.cluster import Layout
 from simulator.experiment import Outcome, run
-from simulator.profiles import PROFILES
 
 PROFILE = PROFILES["llama-3.1-8b-h100"]
 SLO = Slo(1.0, 0.05)
