@@ -72,7 +72,11 @@ class HttpApi:
     async def workers(self, _: web.Request) -> web.Response:
         """The workers as this router sees them."""
         addresses = self._report.addresses()
-        workers = [_describe(worker, addresses) for worker in self._report.core.pool]
+        index = self._report.core.moves.index
+        workers = [
+            _describe(worker, addresses) | {"kv_index_blocks": index.blocks_of(worker.id)}
+            for worker in self._report.core.pool
+        ]
         return web.json_response({"workers": workers})
 
     async def state(self, _: web.Request) -> web.Response:

@@ -33,6 +33,7 @@ from router.core.events import (
     AbortOn,
     AskCache,
     Command,
+    Demand,
     End,
     Ended,
     Event,
@@ -86,10 +87,11 @@ class RouterProcess:
         self._incarnation = time.time_ns()
         core_settings = CoreSettings(
             settings.expect_prefill, settings.local_prefill_max_tokens, settings.kept_records,
-            settings.max_requests,
+            settings.max_requests, settings.index_block_tokens,
         )  # fmt: skip
         tie_break = random.Random(self._incarnation).randrange
         self.core = RouterCore(core_settings, POLICIES[POLICY](tie_break))
+        self._cached_as = admission.CachedAs(settings.model, settings.index_block_tokens)
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
         self._measured = Measured()
         self._fronts_told = _FrontsTold()
@@ -163,10 +165,8 @@ class RouterProcess:
         if isinstance(command, anchor_link.Deliver):
             assert self._anchor is not None
             self._anchor.deliver(command)
-        elif isinstance(command, Submit | AbortOn | Forget | Resend):
+        elif isinstance(command, Submit | AbortOn | Forget | Resend | AskCache):
             self._links.send(command)
-        elif isinstance(command, AskCache):
-            raise AssertionError("no worker reports its cache to a live router yet")
         elif isinstance(command, Ended):
             self._measured.observe(command)
             if command.end is End.FAILED:
@@ -212,7 +212,14 @@ class RouterProcess:
             return
         wall_s = time.time()
         ticket = self._mint.find(request, wall_s)
-        self.feed(RequestArrived(key, admission.read(request), ticket, _deadline_s(ticket, wall_s)))
+        demand = self._read(request, ticket)
+        self.feed(RequestArrived(key, demand, ticket, _deadline_s(ticket, wall_s)))
+
+    def _read(self, request: enginecore.EngineRequest, ticket: TicketId | None) -> Demand:
+        story = self.core.book.find(ticket) if ticket is not None else None
+        # The edge passes listed paths only, so kinds are few.
+        kind = story.path if story is not None else ""
+        return admission.read(request, self._cached_as, kind)
 
     def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
         for each in snapshot.underway:
@@ -225,7 +232,7 @@ class RouterProcess:
             wall_s = time.time()
             ticket = self._mint.find(request, wall_s, late=True)
             deadline_s = _deadline_s(ticket, wall_s)
-            demand = admission.read(request)
+            demand = self._read(request, ticket)
             self._underway.append(
                 RequestRecovered(key, demand, ticket, each.given_tokens, deadline_s)
             )

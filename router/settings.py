@@ -84,6 +84,10 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     local_prefill_max_tokens: int
     """Prompts of at most this many tokens are computed on the decode worker."""
     served_model_names: list[str]
+    model: str
+    """As workers are told to load it; names what their prefix caches hold."""
+    index_block_tokens: int
+    """What one address in the KV index stands for, as workers make them."""
     ticket_ttl_s: float = 600.0
     """Longer than any upload may take: a ticket is given before the body is read."""
     worker_reconnect_s: float = 10.0

@@ -138,6 +138,8 @@ class Unit:
             expect_prefill=True,
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
+            model="none",
+            index_block_tokens=128,
         )
         save(self.paths.router_settings, settings)
         self.anchor = Anchor(self.paths.anchor_socket)
