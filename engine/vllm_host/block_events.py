@@ -80,11 +80,10 @@ def _stored(event: BlockStored) -> BlocksStored | None:
     """None if there is more to them than tokens, adapter and salt, or some of them are left out."""
     if len(event.token_ids) != len(event.block_hashes) * event.block_size:
         return None
-    adapter, salt = event.lora_name or "", ""
-    if event.parent_block_hash is None:
-        keys = event.extra_keys[0] if event.extra_keys else None
-        names = list(keys or ())[1 if event.lora_name else 0 :]
-        if len(names) > 1 or not all(isinstance(name, str) for name in names):
-            return None
-        salt = names[0] if names else ""
+    adapter = event.lora_name or ""
+    # An adapter's name comes first with each block; the salt with a prompt's first block alone.
+    others = [key for keys in event.extra_keys or () for key in (keys or ())[bool(adapter) :]]
+    salt = others[0] if others else ""
+    if len(others) > (event.parent_block_hash is None) or not isinstance(salt, str):
+        return None
     return BlocksStored(event.block_hashes, event.parent_block_hash, event.token_ids, adapter, salt)
