@@ -75,14 +75,17 @@ class AdminApi:
         }
 
     async def _workers(self, _: web.Request) -> web.Response:
-        loads: dict[str, Any] = {}
+        seen: dict[str, dict[str, Any]] = {}
         for answer in await self._ask_routers("/workers"):
             for worker in (answer or {}).get("workers", []):
-                loads.setdefault(worker["id"], worker.get("load"))
-        slots = self._state.pools.slots()
-        return web.json_response({"workers": [self._worker(slot, loads) for slot in slots]})
+                seen.setdefault(worker["id"], worker)
+        workers = [
+            self._worker(slot, seen.get(slot.worker_id, {})) for slot in self._state.pools.slots()
+        ]
+        return web.json_response({"workers": workers})
 
-    def _worker(self, slot: Slot, loads: dict[str, Any]) -> dict[str, Any]:
+    def _worker(self, slot: Slot, seen: dict[str, Any]) -> dict[str, Any]:
+        """`seen` by a router."""
         address = self._state.address(WorkerId(slot.worker_id))
         since_s = time.time() - (time.monotonic() - slot.since_s)
         return {
@@ -97,7 +100,8 @@ class AdminApi:
             "engine_pid": address.engine_pid if address else None,
             "address": address.address if address else None,
             "incarnation": address.incarnation if address else None,
-            "load": loads.get(slot.worker_id),
+            "load": seen.get("load"),
+            "kv_index_blocks": seen.get("kv_index_blocks"),
         }
 
     async def _routers(self, _: web.Request) -> web.Response:

@@ -15,6 +15,7 @@ from cluster import engine_profile, model
 from cluster.config import Config
 from cluster.instance import Instance
 from cluster.local_ray import NAMESPACE
+from kvstore.content import LEAST_INDEX_BLOCK_TOKENS, index_block_tokens
 from protos.errors import ConfigError
 from router.settings import JointSettings, RouterSettings, UnitSettings
 
@@ -121,6 +122,8 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         local_prefill_max_tokens=config.router.local_prefill_max_tokens,
         max_requests=config.router.max_requests,
         served_model_names=names,
+        model=str(directory),
+        index_block_tokens=index_block_tokens(_block_tokens(config)),
     )
     serve.start(proxy_location="Disabled")
     deployment: Any = RouterUnit
@@ -148,6 +151,12 @@ def _joint(config: Config, directory: Path) -> JointSettings | None:
         timing=engine_profile.timing(config, directory),
         max_step_tokens=engine_profile.max_step_tokens(config),
     )
+
+
+def _block_tokens(config: Config) -> int:
+    """Of the engines. Those that choose for themselves take what the index's least is made of."""
+    configured: int | None = config.engine_args_of("decode").get("block_size")
+    return configured or LEAST_INDEX_BLOCK_TOKENS
 
 
 def remove_units() -> None:

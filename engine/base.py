@@ -6,9 +6,11 @@ hand off or to resume through them, so the simulated engine obeys the same words
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from protos.block_events import BlockEvent
 from protos.enginecore import EngineOutput, EngineRequest
 
 
@@ -49,6 +51,8 @@ class EngineStep:
     counters: dict[str, float] = field(default_factory=dict)
     """What this step adds to the engine's counters, under vLLM's metric names; any label stands in
     the name as Prometheus writes it, e.g. `vllm:prompt_tokens_by_source_total{source="..."}`."""
+    block_events: Sequence[BlockEvent] = ()
+    """What it changed in the engine's prefix cache."""
 
 
 class Engine(Protocol):

@@ -191,7 +191,9 @@ class StepColumns:
         self._payloads.append(payload)
         self.size_bytes += len(payload)
 
-    def message(self, load: worker_pb2.Load) -> worker_pb2.Step:
+    def message(
+        self, load: worker_pb2.Load, cache_change: worker_pb2.CacheChange | None = None
+    ) -> worker_pb2.Step:
         """To be sent."""
         return worker_pb2.Step(
             request_keys=self._keys,
@@ -202,4 +204,5 @@ class StepColumns:
             payloads=self._payloads,
             details=self._details,
             load=load,
+            cache_change=cache_change,
         )

@@ -1,7 +1,9 @@
-"""What a worker has to say to one attached router: which attempts have news, and the load.
+"""What a worker has to say to one attached router: which attempts have news, the load, and what its
+prefix cache holds.
 
-The outputs themselves stay with their attempts, so a router that reads slowly, or not at all, takes
-no memory beyond what is kept for it anyway, and nobody else waits for it.
+The outputs themselves stay with their attempts, what changed in the cache with its reports. So a
+router that reads slowly, or not at all, takes no memory beyond what is kept for it anyway, and
+nobody else waits for it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Final
 
 from engine.attempts import Attempt
+from engine.cache_outlet import CacheOutlet
 from engine.outputs import Output, StepColumns
+from kvstore.index_report import CacheReports
 from protos import worker_pb2
 
 PAUSE_PER_OUTPUT_S: Final = 0.0002
@@ -26,9 +30,10 @@ FULL_MESSAGE_BYTES: Final = 1024 * 1024
 class RouterLink:
     """An attached router: what waits to be sent to it."""
 
-    def __init__(self, router_id: str, incarnation: int) -> None:
+    def __init__(self, router_id: str, incarnation: int, cache: CacheReports) -> None:
         self.router_id = router_id
         self.incarnation = incarnation
+        self._cache = CacheOutlet(cache)
         self._begun: dict[str, Attempt] = {}
         """By the engine's id: attempts with outputs that were not sent."""
         self._new: dict[str, Attempt] = {}
@@ -64,6 +69,11 @@ class RouterLink:
         self.put(load)
         self._wake.set()
 
+    def ask_cache(self) -> None:
+        """Tell it all that the prefix cache holds, and from then on what changes."""
+        self._cache.ask()
+        self._wake.set()
+
     def drop(self, engine_id: str) -> None:
         """The router has all it needs of this attempt."""
         self._begun.pop(engine_id, None)
@@ -83,15 +93,19 @@ class RouterLink:
             if not self._closed and self._metrics is not None:
                 metrics, self._metrics = self._metrics, None
                 yield worker_pb2.WorkerMessage(metrics=metrics)
+            if not self._closed and self._cache.owes_part:
+                # One at a time: tokens don't wait for all of them.
+                yield worker_pb2.WorkerMessage(cache_snapshot=self._cache.take_part())
             if not self._closed and self._load is not None:
                 columns = self._next_step()
                 load = self._load
                 if not (self._new or self._begun):
                     self._load = None
-                yield worker_pb2.WorkerMessage(step=columns.message(load))
+                step = columns.message(load, self._cache.take_change())
+                yield worker_pb2.WorkerMessage(step=step)
             if self._closed:
                 return
-            if self._new or (self._begun and self._pause is None):
+            if self._new or (self._begun and self._pause is None) or self._cache.owes_part:
                 self._wake.set()
 
     def _next_step(self) -> StepColumns:

@@ -1,8 +1,9 @@
 """The worker: an engine on one side, routers on the other, over gRPC.
 
-At most one message per engine step and router carries all its new tokens and the worker's load. A
-router that reads slowly gets the outputs of several steps in one message; none waits for another,
-and none makes the worker keep more for it than its requests' outputs.
+At most one message per engine step and router carries all its new tokens, the worker's load and
+what changed in its prefix cache. A router that reads slowly gets the outputs of several steps in
+one message; none waits for another, and none makes the worker keep more for it than its requests'
+outputs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from engine.base import Engine, EngineInfo, EngineLoad
 from engine.router_link import RouterLink
 from engine.spec import WorkerSpec
 from engine.watch import AwakeClock
+from kvstore.engine_blocks import EngineBlocks
+from kvstore.index_report import CacheReports
 from protos import worker_pb2, worker_pb2_grpc
 from protos.ids import Incarnation
 
@@ -72,6 +75,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._info: EngineInfo = await self._engine.start()
         self._load = EngineLoad(kv_blocks_total=self._info.kv_blocks_total)
         self._attempts = Attempts(self._info.max_model_len_tokens, self._info.vocabulary_tokens)
+        self._cache = CacheReports(EngineBlocks(self._spec.model, self._info.block_size_tokens))
         self._server = grpc.aio.server(options=GRPC_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         port: int = self._server.add_insecure_port(f"{self._spec.listen_host}:0")
@@ -91,9 +95,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 attempt = self._attempts.record(output)
                 if attempt is not None and attempt.has_unsent:
                     by_router[attempt.router_id].append(attempt)
+            cache_changed = self._cache.take(step.block_events)
             load = self._load_message()
-            for router_id, attempts in by_router.items():
-                if (link := self._links.get(router_id)) is not None:
+            for router_id, link in self._links.items():
+                attempts = by_router.get(router_id, [])
+                if attempts or cache_changed:
                     link.put(load, attempts)
 
     async def stop_serving(self, why: str = "") -> None:
@@ -167,7 +173,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 f"a later incarnation of router {hello.router_id} has attached",
             )
         self._known_incarnations[hello.router_id] = hello.router_incarnation
-        link = RouterLink(hello.router_id, hello.router_incarnation)
+        link = RouterLink(hello.router_id, hello.router_incarnation, self._cache)
+        link.ask_cache()
         earlier = self._links.get(hello.router_id)
         self._links[hello.router_id] = link
         if earlier is not None:
@@ -186,6 +193,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             max_model_len_tokens=self._info.max_model_len_tokens,
             ready_payload=self._info.ready_payload,
             held=self._attempts.hold_back(router_id),
+            index_block_tokens=self._cache.block_tokens,
         )
 
     async def _read(
@@ -219,6 +227,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 link.put(self._load_message(), [attempt])
         elif command.HasField("forget"):
             self._forget(link, command.forget)
+        elif command.HasField("ask_cache"):
+            link.ask_cache()
 
     def _forget(self, link: RouterLink, forget: worker_pb2.Forget) -> None:
         attempt = self._attempts.find(link.router_id, forget.request_key, forget.attempt)

@@ -13,6 +13,12 @@ from hashlib import blake2b
 from typing import Final
 
 ADDRESS_BYTES: Final = 32
+LEAST_INDEX_BLOCK_TOKENS: Final = 128
+
+
+def index_block_tokens(engine_block_tokens: int) -> int:
+    """What one address stands for: whole engine blocks, and few addresses for a long prompt."""
+    return -(-LEAST_INDEX_BLOCK_TOKENS // engine_block_tokens) * engine_block_tokens
 
 
 def root_address(model: str, adapter: str, tenant_salt: str, block_tokens: int) -> bytes:

@@ -28,8 +28,8 @@ class CacheChange:
     number: int
     removed: Sequence[bytes] = ()
     stored: Sequence[bytes] = ()
-    cleared: bool = False
-    """Everything was removed before that."""
+    merged: int = 1
+    """How many changes it stands for: the last of them has its number."""
 
 
 class IndexFeed:
@@ -59,12 +59,10 @@ class IndexFeed:
             return False
         if change.number <= self._number:
             return True
-        if change.number != self._number + 1:
+        if change.number - change.merged != self._number:
             self.end()
             return False
         self._number = change.number
-        if change.cleared:
-            self._index.drop(self._worker)
         if change.removed:
             self._index.remove(self._worker, change.removed)
         if change.stored:

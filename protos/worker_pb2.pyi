@@ -33,16 +33,18 @@ class RouterMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Iterable[_Union[Command, _Mapping]]] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("submit", "abort", "resend", "forget")
+    __slots__ = ("submit", "abort", "resend", "forget", "ask_cache")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RESEND_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
+    ASK_CACHE_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     abort: Abort
     resend: Resend
     forget: Forget
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ...) -> None: ...
+    ask_cache: AskCache
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., ask_cache: _Optional[_Union[AskCache, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "router_incarnation")
@@ -96,18 +98,24 @@ class Forget(_message.Message):
     attempt: int
     def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
+class AskCache(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WorkerMessage(_message.Message):
-    __slots__ = ("welcome", "step", "metrics")
+    __slots__ = ("welcome", "step", "metrics", "cache_snapshot")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     step: Step
     metrics: Metrics
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ...) -> None: ...
+    cache_snapshot: CacheSnapshot
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("worker_id", "worker_incarnation", "role", "engine_tag", "block_size_tokens", "kv_blocks_total", "max_model_len_tokens", "ready_payload", "held")
+    __slots__ = ("worker_id", "worker_incarnation", "role", "engine_tag", "block_size_tokens", "kv_blocks_total", "max_model_len_tokens", "ready_payload", "held", "index_block_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +125,7 @@ class Welcome(_message.Message):
     MAX_MODEL_LEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     READY_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    INDEX_BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     worker_incarnation: int
     role: str
@@ -126,7 +135,8 @@ class Welcome(_message.Message):
     max_model_len_tokens: int
     ready_payload: bytes
     held: _containers.RepeatedCompositeFieldContainer[Held]
-    def __init__(self, worker_id: _Optional[str] = ..., worker_incarnation: _Optional[int] = ..., role: _Optional[str] = ..., engine_tag: _Optional[str] = ..., block_size_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., max_model_len_tokens: _Optional[int] = ..., ready_payload: _Optional[bytes] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ...) -> None: ...
+    index_block_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., worker_incarnation: _Optional[int] = ..., role: _Optional[str] = ..., engine_tag: _Optional[str] = ..., block_size_tokens: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., max_model_len_tokens: _Optional[int] = ..., ready_payload: _Optional[bytes] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., index_block_tokens: _Optional[int] = ...) -> None: ...
 
 class Held(_message.Message):
     __slots__ = ("request_key", "attempt", "first_position", "next_position", "ended", "aborted")
@@ -145,7 +155,7 @@ class Held(_message.Message):
     def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., first_position: _Optional[int] = ..., next_position: _Optional[int] = ..., ended: _Optional[bool] = ..., aborted: _Optional[bool] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("request_keys", "attempts", "first_positions", "token_counts", "token_ids", "payloads", "details", "load")
+    __slots__ = ("request_keys", "attempts", "first_positions", "token_counts", "token_ids", "payloads", "details", "load", "cache_change")
     REQUEST_KEYS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     FIRST_POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +164,7 @@ class Step(_message.Message):
     PAYLOADS_FIELD_NUMBER: _ClassVar[int]
     DETAILS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    CACHE_CHANGE_FIELD_NUMBER: _ClassVar[int]
     request_keys: _containers.RepeatedScalarFieldContainer[str]
     attempts: _containers.RepeatedScalarFieldContainer[int]
     first_positions: _containers.RepeatedScalarFieldContainer[int]
@@ -162,7 +173,30 @@ class Step(_message.Message):
     payloads: _containers.RepeatedScalarFieldContainer[bytes]
     details: _containers.RepeatedCompositeFieldContainer[Detail]
     load: Load
-    def __init__(self, request_keys: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., payloads: _Optional[_Iterable[bytes]] = ..., details: _Optional[_Iterable[_Union[Detail, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    cache_change: CacheChange
+    def __init__(self, request_keys: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., first_positions: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., payloads: _Optional[_Iterable[bytes]] = ..., details: _Optional[_Iterable[_Union[Detail, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., cache_change: _Optional[_Union[CacheChange, _Mapping]] = ...) -> None: ...
+
+class CacheSnapshot(_message.Message):
+    __slots__ = ("number", "held", "more")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    held: bytes
+    more: bool
+    def __init__(self, number: _Optional[int] = ..., held: _Optional[bytes] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class CacheChange(_message.Message):
+    __slots__ = ("number", "merged", "removed", "stored")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    merged: int
+    removed: bytes
+    stored: bytes
+    def __init__(self, number: _Optional[int] = ..., merged: _Optional[int] = ..., removed: _Optional[bytes] = ..., stored: _Optional[bytes] = ...) -> None: ...
 
 class Detail(_message.Message):
     __slots__ = ("output", "finish", "manifest", "error", "prompt_use")

@@ -72,7 +72,11 @@ class HttpApi:
     async def workers(self, _: web.Request) -> web.Response:
         """The workers as this router sees them."""
         addresses = self._report.addresses()
-        workers = [_describe(worker, addresses) for worker in self._report.core.pool]
+        core = self._report.core
+        workers = [
+            _describe(worker, addresses.get(worker.id), core.moves.index.blocks_of(worker.id))
+            for worker in core.pool
+        ]
         return web.json_response({"workers": workers})
 
     async def state(self, _: web.Request) -> web.Response:
@@ -84,16 +88,17 @@ class HttpApi:
         return web.json_response(answer)
 
 
-def _describe(worker: Worker, addresses: dict[str, str]) -> dict[str, Any]:
+def _describe(worker: Worker, address: str | None, indexed_blocks: int) -> dict[str, Any]:
     return {
         "id": worker.id,
         "role": worker.role,
         "incarnation": worker.incarnation,
         "state": worker.state,
-        "address": addresses.get(worker.id),
+        "address": address,
         "load": asdict(worker.load),
         "reserved": {
             "prefill_tokens": worker.reserved_prefill_tokens,
             "requests": worker.reserved_requests,
         },
+        "kv_index_blocks": indexed_blocks,
     }

@@ -130,7 +130,7 @@ def _own_families(
     )
     for fault in Fault:
         faults.add_metric([fault], measured.faults[fault])
-    counts = core.moves.counts
+    counts, index = core.moves.counts, core.moves.index
     decisions = CounterMetricFamily(
         "baton_decisions", "Placements by their reason.", labels=["reason"]
     )
@@ -141,18 +141,30 @@ def _own_families(
     )
     plain = [
         CounterMetricFamily(f"baton_{name}", text, value=value)
-        for name, text, value in _plain_counters(counts, unread_edge_lines)
+        for name, text, value in _plain_counters(
+            counts, core.moves.index.left_out, unread_edge_lines
+        )
     ]
     up = GaugeMetricFamily("baton_worker_up", "Whether it can be used.", labels=["worker", "role"])
     for worker in core.pool:
         up.add_metric([worker.id, worker.role], float(worker.usable))
+    indexed = GaugeMetricFamily(
+        "baton_kv_index_blocks", "Blocks of its prefix cache in the KV index.", labels=["worker"]
+    )
+    for worker in core.pool:
+        indexed.add_metric([worker.id], index.blocks_of(worker.id))
+    entries = GaugeMetricFamily(
+        "baton_kv_index_entries", "Distinct blocks in the KV index.", value=index.entries
+    )
     states: Counter[str] = Counter(request.state for request in core.moves.requests.values())
     under_way = GaugeMetricFamily(
         "baton_requests_under_way", "Requests by state.", labels=["state"]
     )
     for state, count in states.items():
         under_way.add_metric([state], count)
-    families: list[Any] = [ends, faults, decisions, tokens, *plain, up, under_way]
+    families: list[Any] = [
+        ends, faults, decisions, tokens, *plain, up, indexed, entries, under_way,
+    ]  # fmt: skip
     for name, text, histogram in (
         ("time_to_first_token", "From the router's sight of it.", measured.time_to_first_token),
         ("e2e_request_latency", "Of complete requests.", measured.duration),
@@ -176,7 +188,9 @@ def _link_family(link_bytes: LinkBytes) -> Any:
     return family
 
 
-def _plain_counters(counts: Counts, unread_edge_lines: int) -> list[tuple[str, str, int]]:
+def _plain_counters(
+    counts: Counts, index_left_out: int, unread_edge_lines: int
+) -> list[tuple[str, str, int]]:
     return [
         ("handoffs", "Prompts handed from one worker to another.", counts.handoffs),
         ("resubmissions", "Attempts that replaced a lost one.", counts.resubmissions),
@@ -185,6 +199,10 @@ def _plain_counters(counts: Counts, unread_edge_lines: int) -> list[tuple[str, s
         ("resends", "Times a worker was asked to send again.", counts.resends),
         ("orphans", "Attempts that workers held and nobody wanted.", counts.orphans),
         ("recovered_requests", "Taken over from a former router.", counts.recovered),
+        ("kv_index_snapshots", "Prefix caches told of as a whole.", counts.cache_snapshots),
+        ("kv_index_changes", "Changes of prefix caches, applied.", counts.cache_changes),
+        ("kv_index_gaps", "Changes that were missed, so all was asked for.", counts.cache_gaps),
+        ("kv_index_left_out", "Blocks that the KV index had no room for.", index_left_out),
         ("tickets", "Tickets given to the edge.", counts.tickets),
         ("refused_tickets", "Tickets refused to the edge.", counts.refused_tickets),
         ("unread_edge_lines", "Log lines of the edge without a ticket.", unread_edge_lines),

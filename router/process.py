@@ -91,9 +91,11 @@ class RouterProcess:
         core_settings = CoreSettings(
             settings.expect_prefill, settings.local_prefill_max_tokens, settings.kept_records,
             settings.max_requests, Promises(settings.promised_ttft_s, settings.promised_tpot_s),
+            settings.index_block_tokens,
         )  # fmt: skip
         tie_break = random.Random(self._incarnation).randrange
         self.core = RouterCore(core_settings, _placement(settings.joint, tie_break))
+        self._cached_as = admission.CachedAs(settings.model, settings.index_block_tokens)
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
         self._measured = Measured()
         self._fronts_told = _FrontsTold()
@@ -167,10 +169,8 @@ class RouterProcess:
         if isinstance(command, anchor_link.Deliver):
             assert self._anchor is not None
             self._anchor.deliver(command)
-        elif isinstance(command, Submit | AbortOn | Forget | Resend):
+        elif isinstance(command, Submit | AbortOn | Forget | Resend | AskCache):
             self._links.send(command)
-        elif isinstance(command, AskCache):
-            raise AssertionError("no worker reports its cache to a live router yet")
         elif isinstance(command, Ended):
             self._measured.observe(command)
             if command.end is End.FAILED:
@@ -216,7 +216,8 @@ class RouterProcess:
             return
         wall_s = time.time()
         ticket = self._mint.find(request, wall_s)
-        self.feed(RequestArrived(key, admission.read(request), ticket, _deadline_s(ticket, wall_s)))
+        demand = admission.read(request, self._cached_as)
+        self.feed(RequestArrived(key, demand, ticket, _deadline_s(ticket, wall_s)))
 
     def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
         for each in snapshot.underway:
@@ -229,7 +230,7 @@ class RouterProcess:
             wall_s = time.time()
             ticket = self._mint.find(request, wall_s, late=True)
             deadline_s = _deadline_s(ticket, wall_s)
-            demand = admission.read(request)
+            demand = admission.read(request, self._cached_as)
             self._underway.append(
                 RequestRecovered(key, demand, ticket, each.given_tokens, deadline_s)
             )

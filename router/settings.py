@@ -93,8 +93,8 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     link_token: str
     expect_prefill: bool
     """The prefill pool is not empty by configuration: be healthy only with one of each."""
-    promised_ttft_s: float | None
-    promised_tpot_s: float | None
+    promised_ttft_s: float | None = None
+    promised_tpot_s: float | None = None
     """What every request is promised that does not say otherwise; None: nothing."""
     joint: JointSettings | None
     """None: least predicted work."""
@@ -102,6 +102,10 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     """For least predicted work: prompts of at most this many tokens are computed on the decode
     worker."""
     served_model_names: list[str]
+    model: str
+    """As workers are told to load it; names what their prefix caches hold."""
+    index_block_tokens: int
+    """What one address in the KV index stands for, as workers make them."""
     ticket_ttl_s: float = 600.0
     """Longer than any upload may take: a ticket is given before the body is read."""
     worker_reconnect_s: float = 10.0

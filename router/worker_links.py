@@ -21,11 +21,18 @@ from engine.watch import AwakeClock
 from protos import worker_pb2, worker_pb2_grpc
 from protos.ids import Incarnation, WorkerId
 from protos.membership import Member, Membership
-from router.core.events import Event, WorkerDead, WorkerLinkBroken
+from router.core.events import CacheReported, Event, WorkerDead, WorkerLinkBroken
 from router.link_watch import SILENCE_S, LinkWatch, Reach
 from router.metrics import LinkBytes
 from router.settings import RouterSettings
-from router.worker_messages import ToWorker, command_of, step_reported, worker_up
+from router.worker_messages import (
+    SnapshotParts,
+    ToWorker,
+    cache_changed,
+    command_of,
+    step_reported,
+    worker_up,
+)
 
 _log = logging.getLogger("router")
 
@@ -177,24 +184,40 @@ class WorkerLink:
         self._incarnation = Incarnation(welcome.worker_incarnation)
         self._said_dead = False
         self._last_words = ""
+        if welcome.index_block_tokens != self._settings.index_block_tokens:
+            _log.warning(
+                "%s tells of its prefix cache in blocks of %d tokens, this router looks for %d, so "
+                "it finds nothing there: set engine_args.block_size to that of the engine",
+                self._id, welcome.index_block_tokens, self._settings.index_block_tokens,
+            )  # fmt: skip
         self._listener.feed(worker_up(welcome))
         self._listener.on_welcome(self._id, welcome.ready_payload)
 
     async def _talk(self, call: Any) -> None:
         sender = asyncio.create_task(self._send_queued(call))
+        snapshot_parts = SnapshotParts()
         try:
             while _is_message(message := await call.read()):
                 self._watch.heard(self._clock.time_s)
                 self._bytes.responses[_LINK] += message.ByteSize()
                 assert self._incarnation is not None
                 if message.HasField("step"):
-                    self._listener.feed(step_reported(self._id, self._incarnation, message.step))
+                    self._hear_step(self._incarnation, message.step)
+                elif message.HasField("cache_snapshot"):
+                    snapshot = snapshot_parts.add(message.cache_snapshot)
+                    if snapshot is not None:
+                        self._listener.feed(CacheReported(self._id, self._incarnation, snapshot))
                 elif message.HasField("metrics"):
                     self._listener.on_metrics(self._id, dict(message.metrics.values))
         finally:
             sender.cancel()
             # Its errors are the link's, which the reader tells.
             await asyncio.gather(sender, return_exceptions=True)
+
+    def _hear_step(self, incarnation: Incarnation, step: worker_pb2.Step) -> None:
+        self._listener.feed(step_reported(self._id, incarnation, step))
+        if step.HasField("cache_change"):
+            self._listener.feed(cache_changed(self._id, incarnation, step.cache_change))
 
     async def _send_queued(self, call: Any) -> None:
         while True:

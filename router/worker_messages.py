@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from engine.base import EngineLoad
+from kvstore.content import ADDRESS_BYTES
+from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos import worker_pb2
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
 from router.core.events import (
     AbortOn,
+    AskCache,
+    CacheReported,
     Forget,
     HeldAttempt,
     OutputReport,
@@ -19,11 +23,13 @@ from router.core.events import (
     WorkerUp,
 )
 
-ToWorker = Submit | AbortOn | Forget | Resend
+ToWorker = Submit | AbortOn | Forget | Resend | AskCache
 
 
 def command_of(command: ToWorker) -> worker_pb2.Command:
     """A command to a worker, as it is sent."""
+    if isinstance(command, AskCache):
+        return worker_pb2.Command(ask_cache=worker_pb2.AskCache())
     key, attempt = command.key, command.attempt
     if isinstance(command, Submit):
         submit = worker_pb2.Submit(
@@ -71,6 +77,35 @@ def step_reported(
             load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.step_time_s
         ),
     )
+
+
+def cache_changed(
+    worker: WorkerId, incarnation: Incarnation, change: worker_pb2.CacheChange
+) -> CacheReported:
+    """What changed in a worker's prefix cache."""
+    report = CacheChange(
+        change.number, _addresses(change.removed), _addresses(change.stored), change.merged
+    )
+    return CacheReported(worker, incarnation, report)
+
+
+class SnapshotParts:
+    """Puts the parts of a worker's snapshots together."""
+
+    def __init__(self) -> None:
+        self._held: list[bytes] = []
+
+    def add(self, part: worker_pb2.CacheSnapshot) -> CacheSnapshot | None:
+        """The whole of it, with its last part."""
+        self._held += _addresses(part.held)
+        if part.more:
+            return None
+        held, self._held = self._held, []
+        return CacheSnapshot(part.number, held)
+
+
+def _addresses(joined: bytes) -> list[bytes]:
+    return [joined[at : at + ADDRESS_BYTES] for at in range(0, len(joined), ADDRESS_BYTES)]
 
 
 def outputs_of(step: worker_pb2.Step) -> list[OutputReport]:

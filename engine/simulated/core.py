@@ -20,6 +20,7 @@ from engine.latency_model import StepTimes
 from engine.simulated.kv_cache import BlockPool
 from engine.simulated.request import Manifest, QueuedRequest, SimulatedRequest
 from engine.simulated.scheduler import Scheduler, SimulatedLimits, Work
+from protos.block_events import BlockEvent
 from protos.enginecore import (
     FINISH_ABORT,
     FINISH_ERROR,
@@ -186,6 +187,11 @@ class SimulatedCore:
         """Hashes of blocks that left the prefix cache, and of those in it that came, since the last
         call."""
         return self._pool.take_changes()
+
+    def take_block_events(self) -> list[BlockEvent]:
+        """The same, for requests with their tokens, as an engine tells it; one or the other is to
+        be called."""
+        return self._scheduler.take_block_events()
 
     def wake_s(self) -> float | None:
         """When a fetch completes or a lease runs out next: `start_step` may then have work."""

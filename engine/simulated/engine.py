@@ -63,7 +63,9 @@ class SimulatedEngine:
                 self._step_end_s = now_s + plan.duration_s
             await asyncio.sleep(self._step_end_s - loop.time())
             self._step_end_s = None
-            return self._core.finish_step(loop.time())
+            step = self._core.finish_step(loop.time())
+            step.block_events = self._core.take_block_events()
+            return step
         raise EngineError("the engine was stopped")
 
     async def stop(self) -> None:

@@ -36,7 +36,8 @@ class BlockPool:
         self._references = [0] * blocks_total
         self._content: list[bytes | None] = [None] * blocks_total
         self._by_content: dict[bytes, int] = {}
-        self._changed: dict[bytes, None] = {}
+        self._changed: dict[bytes, bool] = {}
+        """By content that came or went: whether it could be found before."""
         # Ordered from the next to be handed out to the last.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks_total))
 
@@ -71,13 +72,16 @@ class BlockPool:
             self._free.pop(block, None)
         return [*cached, *(self._take() for _ in range(new_blocks))]
 
-    def publish(self, block: int, content: bytes) -> None:
-        """Make a held block findable by its content. The first block of a content stays it."""
+    def publish(self, block: int, content: bytes) -> bool:
+        """Make a held block findable by its content. The first block of a content stays it; says
+        whether this one is."""
         assert self._references[block] > 0, "published a block that no one holds"
-        if content not in self._by_content:
-            self._by_content[content] = block
-            self._content[block] = content
-            self._changed[content] = None
+        if content in self._by_content:
+            return False
+        self._by_content[content] = block
+        self._content[block] = content
+        self._changed.setdefault(content, False)
+        return True
 
     def release(self, blocks: Sequence[int]) -> None:
         """Let go of blocks in a sequence's order."""
@@ -92,11 +96,13 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def take_changes(self) -> tuple[list[bytes], list[bytes]]:
-        """Contents that can't be found any more, and those that can be, since the last call."""
-        removed = [content for content in self._changed if content not in self._by_content]
-        stored = [content for content in self._changed if content in self._by_content]
-        self._changed.clear()
-        return removed, stored
+        """Contents that can't be found any more, and those that can be now, since the last call."""
+        changed, self._changed = self._changed, {}
+        found = self._by_content
+        return (
+            [content for content, before in changed.items() if before and content not in found],
+            [content for content, before in changed.items() if not before and content in found],
+        )
 
     def check_integrity(self, holders: Mapping[int, int]) -> None:
         """Assert that the counts are those of `holders` (by block) and all else is free."""
@@ -112,7 +118,7 @@ class BlockPool:
         content = self._content[block]
         if content is not None:
             del self._by_content[content]
-            self._changed[content] = None
+            self._changed.setdefault(content, True)
             self._content[block] = None
         self._references[block] = 1
         return block

@@ -16,6 +16,7 @@ from hashlib import blake2b
 from typing import Any
 
 from engine.simulated.kv_cache import chained_hash, salted_root
+from protos.block_events import BlocksStored
 from protos.enginecore import (
     FINISH_LENGTH,
     FINISH_STOP,
@@ -131,6 +132,11 @@ class QueuedRequest:
         others is not known."""
         raise NotImplementedError
 
+    def block_stored(self, index: int, block_size_tokens: int) -> BlocksStored | None:
+        """What there is to tell of a block of it that came into the cache, after its hash was asked
+        for; None of one whose tokens are not known."""
+        raise NotImplementedError
+
     def digest(self, tokens: int) -> str:
         """Names its first so many tokens, or all if it has fewer, and its salt."""
         raise NotImplementedError
@@ -155,6 +161,9 @@ class CountedRequest(QueuedRequest):
         """Its output is in nobody's prompt."""
         return self.prompt_hashes[:blocks]
 
+    def block_stored(self, index: int, block_size_tokens: int) -> None:
+        """Its hashes say it all."""
+
     def digest(self, tokens: int) -> str:
         """There is nothing to verify."""
         return ""
@@ -169,6 +178,7 @@ class SimulatedRequest(QueuedRequest):
     min_output_tokens: int
     stop_token_ids: frozenset[int]
     eos_token_id: int | None
+    cache_salt: str
     chain: list[bytes]
     """The salted root, then the hash of each full block as far as it was asked for."""
     state: int
@@ -206,6 +216,7 @@ class SimulatedRequest(QueuedRequest):
             eos_token_id=params.get("_eos_token_id"),
             hand_off=bool(transfer.get("do_remote_decode")),
             source=source,
+            cache_salt=request.cache_salt or "",
             chain=[salted_root(request.cache_salt)],
             state=state,
         )
@@ -245,6 +256,16 @@ class SimulatedRequest(QueuedRequest):
             block = self.tokens[start : start + block_size_tokens]
             self.chain.append(chained_hash(self.chain[-1], block))
         return self.chain[1 : blocks + 1]
+
+    def block_stored(self, index: int, block_size_tokens: int) -> BlocksStored:
+        """Its tokens and what they follow."""
+        start = index * block_size_tokens
+        return BlocksStored(
+            [self.chain[index + 1]],
+            self.chain[index] if index else None,
+            self.tokens[start : start + block_size_tokens],
+            cache_salt=self.cache_salt,
+        )
 
     def digest(self, tokens: int) -> str:
         """Names its first so many tokens, or all if it has fewer, and its salt."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from engine.latency_model import StepTimes, StepWork
 from engine.simulated.kv_cache import BlockPool
 from engine.simulated.request import QueuedRequest
+from protos.block_events import BlockEvent, BlocksRemoved, BlocksStored
 from protos.enginecore import PrefillStats
 from protos.errors import ConfigError
 
@@ -82,6 +83,8 @@ class Scheduler:
         self._fetching: list[QueuedRequest] = []
         self._fetched: list[QueuedRequest] = []
         self._running: list[QueuedRequest] = []
+        self._stored: dict[bytes, BlocksStored] = {}
+        """By hash: blocks that were published since `take_block_events`."""
 
     @property
     def running(self) -> int:
@@ -111,6 +114,13 @@ class Scheduler:
         self._schedule_decodes(work)
         self._schedule_prefills(now_s, work)
         return work
+
+    def take_block_events(self) -> list[BlockEvent]:
+        """What came into the prefix cache and went since the last call."""
+        removed, stored = self._pool.take_changes()
+        told, self._stored = self._stored, {}
+        events: list[BlockEvent] = [BlocksRemoved(removed)] if removed else []
+        return [*events, *(told[content] for content in stored)]
 
     def steady_steps(self, work: Work) -> int:
         """How many steps in a row this one can be: until the first of its requests ends.
@@ -245,9 +255,14 @@ class Scheduler:
         full_blocks = tokens // self._limits.block_size_tokens
         if full_blocks == request.published_blocks:
             return
-        hashes = request.block_hashes(full_blocks, self._limits.block_size_tokens)
+        size = self._limits.block_size_tokens
+        hashes = request.block_hashes(full_blocks, size)
         for index in range(request.published_blocks, len(hashes)):
-            self._pool.publish(request.block_ids[index], hashes[index])
+            if (
+                self._pool.publish(request.block_ids[index], hashes[index])
+                and (stored := request.block_stored(index, size)) is not None
+            ):
+                self._stored[hashes[index]] = stored
         request.published_blocks = full_blocks
 
     def _blocks_for(self, tokens: int) -> int:

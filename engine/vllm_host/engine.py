@@ -30,6 +30,7 @@ from engine.vllm_host.threads import cpu_times_s, is_stopped
 from engine.vllm_host.warmup import warm_up
 from engine.watch import EngineWatch
 from protos import enginecore
+from protos.block_events import BlockEvent, decode_block_events
 from protos.enginecore import EngineOutputs, EngineRequest
 from protos.errors import EngineError
 
@@ -71,6 +72,8 @@ class VllmEngine:
         self._kv_blocks_total = 0
         self._load = EngineLoad()
         self._last_step_s = 0.0
+        self._untold_events: list[BlockEvent] = []
+        """Of the blocks that the warm-up left in the prefix cache."""
 
     @property
     def pid(self) -> int | None:
@@ -88,7 +91,7 @@ class VllmEngine:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 ready = await self._or_death(self._shake_hands(handshake))
                 self._kv_blocks_total = ready.num_gpu_blocks
-                await warm_up(self)
+                self._untold_events = await warm_up(self)
         except TimeoutError:
             raise EngineError(
                 f"the engine was not ready within {_START_TIMEOUT_S:.0f} s; see {self._log_path}"
@@ -124,7 +127,9 @@ class VllmEngine:
             if output.finish_reason is not None:
                 self._unfinished.discard(output.request_id)
         self._note_load(outputs)
-        return EngineStep(outputs.outputs, self._load, step_counters(outputs))
+        return EngineStep(
+            outputs.outputs, self._load, step_counters(outputs), self._block_events(outputs)
+        )
 
     async def stop(self) -> None:
         process = self._process
@@ -175,6 +180,8 @@ class VllmEngine:
 
     def _environment(self) -> dict[str, str]:
         return {
+            # Block events name blocks by their whole hashes.
+            "VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES": "0",
             # Each of an engine's messages is one frame, whose parts stand by themselves.
             "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": "1000000000",
             # The model runs in the engine process itself: one import of vLLM less, and no
@@ -203,6 +210,11 @@ class VllmEngine:
     def _send(self, kind: bytes, payload: bytes) -> None:
         # Without a limit on queued messages a send never waits, so the future is done already.
         self._input.send_multipart([_IDENTITY, kind, payload], flags=Flag.DONTWAIT)
+
+    def _block_events(self, outputs: EngineOutputs) -> list[BlockEvent]:
+        events, self._untold_events = self._untold_events, []
+        payload = (outputs.scheduler_stats or {}).get("block_events")
+        return [*events, *decode_block_events(payload)] if payload else events
 
     def _note_load(self, outputs: EngineOutputs) -> None:
         stats = outputs.scheduler_stats

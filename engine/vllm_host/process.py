@@ -30,6 +30,7 @@ def die_with(parent_pid: int) -> None:
 def run(launch_path: Path) -> None:
     """Build vLLM's configuration and run EngineCore until told to stop."""
     launch = load(launch_path)
+    from vllm.config import KVEventsConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.core import EngineCoreProc
@@ -50,6 +51,8 @@ def run(launch_path: Path) -> None:
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"kv_lease_duration": launch.kv_lease_s},
         },
+        # Baton's scheduler takes the events itself.
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     )
     config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     scheduler = BatonAsyncScheduler if config.scheduler_config.async_scheduling else BatonScheduler

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from vllm.logger import init_logger
@@ -17,7 +18,9 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
+from engine.vllm_host.block_events import StepBlockEvents
 from engine.vllm_host.grammar_budget import TimedGrammar
+from protos.block_events import encode_block_events
 from protos.enginecore import resumed_output_token_ids
 
 logger = init_logger(__name__)
@@ -32,6 +35,14 @@ def injected_token_ids(request: Request) -> list[int]:
     return resumed_output_token_ids(params.extra_args if params is not None else None)
 
 
+@dataclass
+class StepStats(SchedulerStats):  # type: ignore[misc]
+    """A step's figures, and what it changed in the prefix cache."""
+
+    block_events: bytes = b""
+    """By `protos.block_events`; the key under which the worker finds them."""
+
+
 class BatonScheduler(Scheduler):  # type: ignore[misc]
     """For engines that schedule a step after the one before has ended."""
 
@@ -41,6 +52,8 @@ class BatonScheduler(Scheduler):  # type: ignore[misc]
         self._grammars: dict[str, TimedGrammar] = {}
         self._last_stats: tuple[float, ...] = ()
         self._told_s = 0.0
+        self._block_events = StepBlockEvents(self.kv_cache_manager, self.cache_config.block_size)
+        self.kv_event_publisher = self._block_events
 
     def add_request(self, request: Request) -> None:
         tokens = injected_token_ids(request)
@@ -110,6 +123,7 @@ class BatonScheduler(Scheduler):  # type: ignore[misc]
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
+        block_events = self._block_events.take()
         gauges = (stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage)
         now_s = time.monotonic()
         quiet = (
@@ -118,12 +132,15 @@ class BatonScheduler(Scheduler):  # type: ignore[misc]
             and not stats.num_running_reqs
             and not stats.kv_connector_stats
             and not stats.prefix_cache_stats.requests
+            and not block_events
         )
         self._last_stats = gauges
         if quiet:
             return None
         self._told_s = now_s
-        return stats
+        if not block_events:
+            return stats
+        return StepStats(**vars(stats), block_events=encode_block_events(block_events))
 
 
 class BatonAsyncScheduler(BatonScheduler, AsyncScheduler):  # type: ignore[misc]

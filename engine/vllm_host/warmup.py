@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from engine.base import Engine
+from protos.block_events import BlockEvent
 from protos.enginecore import EngineRequest
 from protos.errors import EngineError
 
@@ -38,9 +39,12 @@ _PROMPT_TOKENS: Final = 16
 _OUTPUT_TOKENS: Final = 3
 
 
-async def warm_up(engine: Engine) -> None:
-    """Run each kind once, all together, to their ends. Raises EngineError if one fails."""
+async def warm_up(engine: Engine) -> list[BlockEvent]:
+    """Run each kind once, all together, to their ends; returns what that did to the prefix cache.
+
+    Raises EngineError if one fails."""
     pending = set()
+    block_events: list[BlockEvent] = []
     for index, (kind, sampling) in enumerate(KINDS.items()):
         request_id = f"warm-up {kind}"
         pending.add(request_id)
@@ -49,8 +53,11 @@ async def warm_up(engine: Engine) -> None:
         params = {"max_tokens": _OUTPUT_TOKENS, **sampling}
         engine.add(EngineRequest(request_id, prompt, None, params, None, 0.0, None, None, None))
     while pending:
-        for output in (await engine.step()).outputs:
+        step = await engine.step()
+        block_events += step.block_events
+        for output in step.outputs:
             if output.finish_reason is not None:
                 pending.discard(output.request_id)
                 if output.finish_reason == 3:
                     raise EngineError(f"the engine failed at its {output.request_id} request")
+    return block_events

@@ -6,6 +6,9 @@ front it came through.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from kvstore.content import block_addresses, root_address
 from protos.enginecore import EngineRequest, encode, strip_internal_arguments
 from router.core.events import Demand, Shape
 
@@ -13,10 +16,21 @@ DEFAULT_MAX_TOKENS = 16
 """vLLM's, where a front leaves the field out."""
 
 
-def read(request: EngineRequest) -> Demand:
+class CachedAs(NamedTuple):
+    """What names the contents of prefix caches, besides a request's own tokens and salt."""
+
+    model: str
+    block_tokens: int
+    """What one address stands for."""
+
+
+def read(request: EngineRequest, cached_as: CachedAs) -> Demand:
     """Take a front's request over: it is changed, and then as engines will get it."""
     removed = take_over(request)
-    return Demand(_shape(request), encode(request), _refusal(request), tuple(removed))
+    refusal = _refusal(request)
+    addresses = _addresses(request, cached_as) if refusal is None else []
+    shape = _shape(request, addresses)
+    return Demand(shape, encode(request), refusal, tuple(removed))
 
 
 def _refusal(request: EngineRequest) -> str | None:
@@ -55,10 +69,21 @@ def take_over(request: EngineRequest) -> list[str]:
     return strip_internal_arguments(request)
 
 
-def _shape(request: EngineRequest) -> Shape:
+def _addresses(request: EngineRequest, cached_as: CachedAs) -> list[bytes]:
+    """Of the prompt's whole blocks. Adapters, which would be named by them too, are refused."""
+    model, block_tokens = cached_as
+    root = root_address(model, "", request.cache_salt or "", block_tokens)
+    try:
+        return block_addresses(root, request.prompt_token_ids or (), block_tokens)
+    except OverflowError:
+        return []  # An id that no model has; the worker refuses it and says so.
+
+
+def _shape(request: EngineRequest, addresses: list[bytes]) -> Shape:
     params = request.sampling_params or {}
     return Shape(
         prompt_tokens=len(request.prompt_token_ids or ()),
         max_tokens=params.get("max_tokens", DEFAULT_MAX_TOKENS),
         prompt_logprobs=params.get("prompt_logprobs") is not None,
+        addresses=addresses,
     )

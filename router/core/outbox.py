@@ -41,6 +41,11 @@ class Counts:
     tickets: int = 0
     refused_tickets: int = 0
     recovered: int = 0
+    cache_snapshots: int = 0
+    cache_changes: int = 0
+    """As workers counted them, several in one message included."""
+    cache_gaps: int = 0
+    """Reports that did not follow those before, so that a snapshot was asked for."""
 
 
 class Outbox:

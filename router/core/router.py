@@ -293,11 +293,16 @@ class RouterCore:
         worker = self._living(event.worker, event.incarnation)
         if worker is None or not worker.attached:
             return
-        feed, report = self._feed_of(worker), event.report
+        feed, report, counts = self._feed_of(worker), event.report, self.moves.counts
         if isinstance(report, CacheSnapshot):
+            counts.cache_snapshots += 1
             feed.begin(report)
-        elif feed.in_step and not feed.change(report):
-            self.moves.outbox.note(AskCache(worker.id))
+        elif feed.in_step:
+            if feed.change(report):
+                counts.cache_changes += report.merged
+            else:
+                counts.cache_gaps += 1
+                self.moves.outbox.note(AskCache(worker.id))
 
     def _feed_of(self, worker: Worker) -> IndexFeed:
         return self._feeds.setdefault(worker.id, IndexFeed(self.moves.index, worker.id))

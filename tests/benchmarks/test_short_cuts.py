@@ -58,3 +58,10 @@ def test_the_kv_index() -> None:
         ((_, *cells),) = rows(report, tokens)
         assert all(float(cell.split()[0]) > 0 for cell in cells)
     assert "blocks stored a second" in report
+
+
+def test_the_cache_reports() -> None:
+    report = report_of("cache_reports")
+    for block_tokens in ("16", "128"):
+        ((_, *cells),) = rows(report, block_tokens)
+        assert all(float(cell.split()[0]) > 0 for cell in cells)

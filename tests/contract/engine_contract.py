@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from engine.base import Engine, EngineInfo, EngineLoad
+from kvstore.content import block_addresses, root_address
+from kvstore.engine_blocks import AddressChange, EngineBlocks
 from protos.enginecore import (
     ENGINE_TAG,
     FINISH_ERROR,
@@ -38,6 +40,9 @@ EngineFactory = Callable[[], Engine]
 
 TIMEOUT_S = 120
 """For what an engine answers at once, but for a kernel that it compiles on first use."""
+
+MODEL = "the model"
+"""As the addresses name it."""
 
 _serial = itertools.count()
 
@@ -95,6 +100,9 @@ class Driver:
         self.generations: defaultdict[str, Generation] = defaultdict(Generation)
         self.load = EngineLoad()
         self.counters: defaultdict[str, float] = defaultdict(float)
+        self.blocks = EngineBlocks(MODEL, info.block_size_tokens)
+        self.cache_changes: list[AddressChange] = []
+        """Of the steps that changed anything."""
         self._stepped = asyncio.Condition()
 
     async def pump(self) -> None:
@@ -110,6 +118,9 @@ class Driver:
                     self.counters[name] += increment
                 for output in step.outputs:
                     self.generations[output.request_id].take(output)
+                change = self.blocks.take(step.block_events)
+                if change.removed or change.stored:
+                    self.cache_changes.append(change)
                 self._stepped.notify_all()
 
     def add(self, request: EngineRequest) -> str:
@@ -131,6 +142,11 @@ class Driver:
 
     async def run(self, request: EngineRequest) -> Generation:
         return await self.end_of(self.add(request))
+
+    def addresses(self, tokens: list[int], cache_salt: str = "") -> list[bytes]:
+        """Of whole blocks, as a router makes them."""
+        whole = self.blocks.block_tokens
+        return block_addresses(root_address(MODEL, "", cache_salt, whole), tokens, whole)
 
     async def load_after_probe(self) -> EngineLoad:
         """The load once a small request of its own has come and gone."""
@@ -308,6 +324,75 @@ class EngineContract:
         rest = await other.run(resumed)
         assert [*whole.tokens[:done_tokens], *rest.tokens] == whole.tokens
         assert rest.finish_reason == FINISH_LENGTH
+
+    async def test_tells_the_addresses_of_what_it_caches(self, engine: Driver) -> None:
+        whole = engine.blocks.block_tokens
+        prompt = make_prompt(3 * whole + 5)
+        told = len(engine.cache_changes)
+        generation = await engine.generate(prompt, max_tokens=whole, ignore_eos=True)
+        stored = [a for change in engine.cache_changes[told:] for a in change.stored]
+        # The last token's state is never computed.
+        assert stored == engine.addresses([*prompt, *generation.tokens[:-1]])
+        assert len(stored) == 4
+        assert {*stored} <= {*engine.blocks.held}
+
+    async def test_tells_nothing_of_what_it_caches_already(self, engine: Driver) -> None:
+        prompt = make_prompt(2 * engine.blocks.block_tokens)
+        await engine.generate(prompt, max_tokens=1)
+        told = len(engine.cache_changes)
+        await engine.generate(prompt, max_tokens=1)
+        assert engine.cache_changes[told:] == []
+
+    async def test_tells_salted_prompts_apart(self, engine: Driver) -> None:
+        prompt = make_prompt(2 * engine.blocks.block_tokens)
+        for salt in ("", "tenant", "other tenant"):
+            request = make_request(new_id(), prompt, max_tokens=1)
+            request.cache_salt = salt or None
+            await engine.run(request)
+            assert {*engine.addresses(prompt, salt)} <= {*engine.blocks.held}
+        assert len({*engine.addresses(prompt), *engine.addresses(prompt, "tenant")}) == 4
+
+    async def test_tells_what_it_fetched(self, engine: Driver, other: Driver) -> None:
+        prompt = make_prompt(2 * engine.blocks.block_tokens)
+        request_id, handed = await _hand_off(engine, prompt)
+        assert handed.kv_transfer_params is not None
+        resumed = make_request(new_id(), prompt, ignore_eos=True)
+        resume_from(resumed, handed.tokens, encode_manifest(handed.kv_transfer_params))
+        await other.run(resumed)
+        engine.engine.abort([request_id])
+        assert {*other.addresses(prompt)} <= {*other.blocks.held}
+
+    async def test_tells_what_it_evicts(self, engine: Driver) -> None:
+        prompt = make_prompt(2 * engine.blocks.block_tokens)
+        request = make_request(new_id(), prompt, max_tokens=1)
+        await engine.run(request)
+        for _ in range(engine.info.kv_blocks_total):
+            if not {*engine.addresses(prompt)} & {*engine.blocks.held}:
+                break
+            filler = make_prompt(engine.info.max_model_len_tokens // 2)
+            await engine.generate(filler, max_tokens=1)
+        assert not {*engine.addresses(prompt)} & {*engine.blocks.held}
+        removed = [a for change in engine.cache_changes for a in change.removed]
+        assert {*engine.addresses(prompt)} <= {*removed}
+        whole = engine.blocks.block_tokens
+        assert len(engine.blocks.held) * whole <= (
+            engine.info.kv_blocks_total * engine.info.block_size_tokens
+        )
+        # And it computes it again.
+        again = (await engine.generate(prompt, max_tokens=1)).prefill_stats
+        assert again is not None
+        assert again.num_local_cached_tokens < len(prompt) - engine.info.block_size_tokens
+        assert {*engine.addresses(prompt)} <= {*engine.blocks.held}
+
+    async def test_tells_prompts_computed_side_by_side(self, engine: Driver) -> None:
+        prompt = make_prompt(2 * engine.blocks.block_tokens)
+        ids = [engine.add(make_request(new_id(), prompt, max_tokens=1)) for _ in range(2)]
+        for request_id in ids:
+            await engine.end_of(request_id)
+        assert {*engine.addresses(prompt)} <= {*engine.blocks.held}
+        warm = (await engine.generate(prompt, max_tokens=1)).prefill_stats
+        assert warm is not None
+        assert warm.num_local_cached_tokens == len(prompt) - engine.info.block_size_tokens
 
     async def test_refuses_a_prompt_beyond_the_context(self, engine: Driver) -> None:
         generation = await engine.generate(make_prompt(engine.info.max_model_len_tokens))

@@ -14,20 +14,30 @@ from msgspec import Raw
 
 import engine.service
 from engine.attempts import Attempt
+from engine.cache_outlet import PART_ADDRESSES
 from engine.outputs import Output
 from engine.router_link import FULL_MESSAGE_BYTES, RouterLink
 from engine.service import LOAD_INTERVAL_S, WorkerService
 from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
+from kvstore.engine_blocks import EngineBlocks
+from kvstore.index import KvIndex
+from kvstore.index_feed import CacheChange, IndexFeed
+from kvstore.index_report import CacheReports
 from protos import worker_pb2
+from protos.block_events import BlocksRemoved, BlocksStored
 from protos.enginecore import EngineOutput
-from protos.ids import WorkerId
-from router.worker_messages import outputs_of
+from protos.ids import Incarnation, WorkerId
+from router.worker_messages import SnapshotParts, cache_changed, outputs_of
 from tests.engine.test_service import TOKEN, Router, submit
 
 LOAD = worker_pb2.Load(running=1)
 STALLED_TOKENS = 4000
 PAYLOAD_BYTES = 4096
+
+
+def make_link(incarnation: int = 1, cache: CacheReports | None = None) -> RouterLink:
+    return RouterLink("r", incarnation, cache or CacheReports(EngineBlocks("m", 128)))
 
 
 def attempt(key: str) -> Attempt:
@@ -68,7 +78,7 @@ def positions(steps: list[worker_pb2.Step], key: str) -> list[int]:
 
 
 async def test_what_waits_goes_out_together_in_messages_of_limited_size() -> None:
-    link, kept = RouterLink("r", 1), [attempt("a"), attempt("b")]
+    link, kept = make_link(), [attempt("a"), attempt("b")]
     for _ in range(500):
         for each in kept:
             add_outputs(each, 1, PAYLOAD_BYTES)
@@ -84,7 +94,7 @@ async def test_what_waits_goes_out_together_in_messages_of_limited_size() -> Non
 
 
 async def test_one_with_much_to_say_does_not_hold_up_another() -> None:
-    link, long, short = RouterLink("r", 1), attempt("long"), attempt("short")
+    link, long, short = make_link(), attempt("long"), attempt("short")
     add_outputs(long, 2000, PAYLOAD_BYTES)
     add_outputs(short, 1)
     link.put(LOAD, [long])
@@ -95,7 +105,7 @@ async def test_one_with_much_to_say_does_not_hold_up_another() -> None:
 
 
 async def test_nothing_goes_out_of_what_is_held_back_or_dropped() -> None:
-    link, held, dropped = RouterLink("r", 1), attempt("held"), attempt("dropped")
+    link, held, dropped = make_link(), attempt("held"), attempt("dropped")
     for each in (held, dropped):
         add_outputs(each, 3)
         link.put(LOAD, [each])
@@ -106,7 +116,7 @@ async def test_nothing_goes_out_of_what_is_held_back_or_dropped() -> None:
 
 
 async def test_a_closed_link_takes_nothing_from_its_successor() -> None:
-    earlier, later, kept = RouterLink("r", 1), RouterLink("r", 2), attempt("a")
+    earlier, later, kept = make_link(), make_link(2), attempt("a")
     add_outputs(kept, 5)
     earlier.put(LOAD, [kept])
     earlier.close()
@@ -116,7 +126,7 @@ async def test_a_closed_link_takes_nothing_from_its_successor() -> None:
 
 
 async def test_a_refusal_comes_with_the_load() -> None:
-    link = RouterLink("r", 1)
+    link = make_link()
     link.refuse(Output("a", 1, 0, None, worker_pb2.REFUSED, error="no"), LOAD)
     (step,) = await steps_of(link)
     assert [output.error for output in outputs_of(step)] == ["no"]
@@ -131,7 +141,7 @@ def add_token(to: Attempt) -> None:
 async def test_tokens_of_many_streams_share_events_and_the_first_of_a_new_one_goes_at_once() -> (
     None
 ):
-    link, begun = RouterLink("r", 1), [attempt(str(n)) for n in range(100)]
+    link, begun = make_link(), [attempt(str(n)) for n in range(100)]
     messages = link.messages()
     for each in begun:
         add_token(each)
@@ -152,7 +162,7 @@ async def test_tokens_of_many_streams_share_events_and_the_first_of_a_new_one_go
 
 
 async def test_no_token_of_a_few_streams_waits_for_the_next() -> None:
-    link, kept = RouterLink("r", 1), attempt("a")
+    link, kept = make_link(), attempt("a")
     messages = link.messages()
     for _ in range(5):
         add_token(kept)
@@ -166,7 +176,7 @@ def test_whatever_the_rhythm_everything_goes_out_once_in_order(
     turns: list[tuple[int, int]],
 ) -> None:
     async def play() -> None:
-        link, kept = RouterLink("r", 1), [attempt(str(n)) for n in range(3)]
+        link, kept = make_link(), [attempt(str(n)) for n in range(3)]
         messages, steps = link.messages(), []
         for count, index in turns:
             add_outputs(kept[index], count, PAYLOAD_BYTES * 40)
@@ -274,3 +284,85 @@ async def test_a_worker_that_was_stopped_itself_keeps_what_absent_routers_left(
     again = Router(address, "r", 2)
     assert len((await again.attach()).held) == 1
     await again.close()
+
+
+# What the prefix cache holds
+
+
+def cached(number: int) -> BlocksStored:
+    """A block that begins a prompt."""
+    return BlocksStored([number.to_bytes(4, "big")], None, [number] * 128)
+
+
+async def told_of_cache(link: RouterLink, feed: IndexFeed) -> list[int]:
+    """Reads all that it would send now; bytes of each message that is about the cache."""
+    parts, sizes = SnapshotParts(), []
+    messages = link.messages()
+    with contextlib.suppress(TimeoutError):
+        while True:
+            message = await asyncio.wait_for(anext(messages), 0.05)
+            if message.HasField("cache_snapshot"):
+                whole = parts.add(message.cache_snapshot)
+                if whole is not None:
+                    feed.begin(whole)
+            elif message.step.HasField("cache_change"):
+                event = cache_changed(WORKER, Incarnation(1), message.step.cache_change)
+                assert isinstance(event.report, CacheChange)
+                assert feed.change(event.report)
+            else:
+                continue
+            sizes.append(message.ByteSize())
+    return sizes
+
+
+WORKER = WorkerId("d")
+
+
+@pytest.fixture
+def index() -> KvIndex:
+    return KvIndex(1_000_000)
+
+
+async def test_a_large_snapshot_goes_out_in_parts_and_changes_follow_it(index: KvIndex) -> None:
+    blocks = EngineBlocks("m", 128)
+    cache, feed = CacheReports(blocks), IndexFeed(index, WORKER)
+    link = make_link(cache=cache)
+    cache.take([cached(number) for number in range(2 * PART_ADDRESSES + 1)])
+    link.put(LOAD)
+    assert await told_of_cache(link, feed) == []  # Nobody asked.
+    link.ask_cache()
+    messages = link.messages()
+    first = (await anext(messages)).cache_snapshot
+    assert first.more
+    assert len(first.held) == 32 * PART_ADDRESSES
+    # It changes between the parts, and the router asks again.
+    cache.take([cached(1_000_000), BlocksRemoved([(5).to_bytes(4, "big")])])
+    link.ask_cache()
+    link.put(LOAD)
+    sizes = await told_of_cache(link, feed)
+    assert max(sizes) < FULL_MESSAGE_BYTES
+    assert index.blocks_of(WORKER) == len(blocks.held) == 2 * PART_ADDRESSES + 1
+    cache.take([cached(5)])
+    link.put(LOAD)
+    assert len(await told_of_cache(link, feed)) == 1
+    assert index.blocks_of(WORKER) == len(blocks.held)
+
+
+async def test_a_router_that_reads_nothing_gets_one_change_or_a_snapshot(index: KvIndex) -> None:
+    blocks = EngineBlocks("m", 128)
+    cache, feed = CacheReports(blocks, kept_addresses=100), IndexFeed(index, WORKER)
+    link = make_link(cache=cache)
+    link.ask_cache()
+    await told_of_cache(link, feed)
+    for number in range(100):
+        cache.take([cached(number)])
+        link.put(LOAD)
+    assert len(await told_of_cache(link, feed)) == 1
+    assert index.blocks_of(WORKER) == 100
+    for number in range(100, 300):
+        cache.take([cached(number), BlocksRemoved([(number - 100).to_bytes(4, "big")])])
+        link.put(LOAD)
+    (size,) = await told_of_cache(link, feed)
+    assert 32 * 100 < size < 32 * 101
+    assert all(index.match([address]) for address in blocks.held)
+    assert index.entries - index.blocks_of(WORKER) <= 200  # Of before, and still to be cleared.

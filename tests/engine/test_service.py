@@ -15,6 +15,8 @@ from engine.router_link import RouterLink
 from engine.service import GRPC_OPTIONS, LAST_WORDS_STATUS, WorkerService
 from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
+from kvstore.engine_blocks import EngineBlocks
+from kvstore.index_report import CacheReports
 from protos import enginecore, worker_pb2, worker_pb2_grpc
 from protos.enginecore import EngineRequest
 from protos.ids import WorkerId
@@ -242,7 +244,8 @@ async def test_what_comes_late_on_a_superseded_link_is_not_carried_out() -> None
         yield worker_pb2.RouterMessage(commands=[worker_pb2.Command(submit=submit())])
 
     try:
-        await service._read(RouterLink("r", 1), late())
+        link = RouterLink("r", 1, CacheReports(EngineBlocks("m", 128)))
+        await service._read(link, late())
         assert service.status()["attempts"] == 0
     finally:
         await service.stop()

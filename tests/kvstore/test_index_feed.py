@@ -22,9 +22,8 @@ def test_changes_follow_a_snapshot() -> None:
     assert index.match([A, B, C]) == {"w": 2}
     assert feed.change(CacheChange(9, removed=[B], stored=[C]))
     assert index.match([A, B]) == {"w": 1}
-    assert feed.change(CacheChange(10, cleared=True, stored=[B]))
-    assert index.match([A]) == {}
-    assert index.match([B]) == {"w": 1}
+    assert feed.change(CacheChange(12, stored=[B], merged=3))
+    assert index.match([A, B, C]) == {"w": 3}
 
 
 def test_a_change_that_comes_again_changes_nothing() -> None:
@@ -35,7 +34,7 @@ def test_a_change_that_comes_again_changes_nothing() -> None:
     assert feed.change(change)
     assert feed.change(CacheChange(3, stored=[A]))
     assert feed.change(change)
-    assert feed.change(CacheChange(1, cleared=True))
+    assert feed.change(CacheChange(1, removed=[A]))
     assert index.match([A]) == {"w": 1}
 
 
@@ -54,13 +53,20 @@ def test_after_a_gap_nothing_is_known_until_the_next_snapshot() -> None:
     assert index.match([A, B]) == {"other": 2}
 
 
+def test_changes_of_which_a_part_was_taken_before_are_a_gap() -> None:
+    """Together they may say nothing of what the part left."""
+    feed = IndexFeed(KvIndex(100), "w")
+    feed.begin(CacheSnapshot(5, [A]))
+    assert not feed.change(CacheChange(6, merged=2))
+    assert not feed.in_step
+
+
 changes = st.lists(
     st.builds(
         CacheChange,
         number=st.just(0),
         removed=st.lists(st.sampled_from([A, B, C])),
         stored=st.lists(st.sampled_from([A, B, C])),
-        cleared=st.booleans(),
     ),
     max_size=10,
 )
@@ -75,8 +81,8 @@ def test_whatever_is_lost_the_index_is_right_or_knows_nothing(
     feed.begin(CacheSnapshot(0, []))
     held: set[bytes] = set()
     for number, each in enumerate(told):
-        held = ((set() if each.cleared else held) - {*each.removed}) | {*each.stored}
+        held = (held - {*each.removed}) | {*each.stored}
         if number not in lost:
-            feed.change(CacheChange(number + 1, each.removed, each.stored, each.cleared))
+            feed.change(CacheChange(number + 1, each.removed, each.stored))
             seen = {address for address in (A, B, C) if index.match([address])}
             assert seen == (held if feed.in_step else set())

@@ -155,3 +155,22 @@ async def test_bytes_moved_are_those_of_the_prompts_blocks(engine: Driver, other
         moved = other.counters["vllm:nixl_bytes_transferred_sum"] - before
         wanted = kv_bytes_per_token * prompt_tokens
         assert wanted <= moved < wanted + kv_bytes_per_token * block_tokens
+
+
+async def test_an_address_stands_for_several_small_blocks(tiny_model: Path) -> None:
+    """Blocks of 32 tokens, the least of this attention: 4 to an address; two prompts share 3 of
+    them, and two requests compute the same at once."""
+    small = {"block_size": 32, "num_gpu_blocks_override": 96, "max_model_len": 2048}
+    async with driven(lambda: make_vllm(tiny_model, "engine-d", **small)) as driver:
+        prompt = make_prompt(2 * 128 + 40)
+        forked = [*prompt[:96], *make_prompt(200)]
+        for each in (prompt, forked):
+            requests = [make_request(new_id(), each, max_tokens=1) for _ in range(2)]
+            for request_id in [driver.add(request) for request in requests]:
+                await driver.end_of(request_id)
+        wanted = {*driver.addresses(prompt), *driver.addresses(forked)}
+        assert len(wanted) == 4
+        assert {*driver.blocks.held} == wanted
+        while {*driver.blocks.held} & wanted:
+            await driver.generate(make_prompt(1000), max_tokens=1)
+            assert len(driver.blocks.held) <= 96 // 4

@@ -14,7 +14,12 @@ KV_CACHE_BYTES = 128 << 20
 
 
 def make_vllm(
-    model: Path, name: str, *, lease_s: float = 30.0, engine: type[VllmEngine] = VllmEngine
+    model: Path,
+    name: str,
+    *,
+    lease_s: float = 30.0,
+    engine: type[VllmEngine] = VllmEngine,
+    **engine_args: object,
 ) -> VllmEngine:
     """An engine with the arguments that `baton serve` gives its own, but a small KV cache."""
     return engine(
@@ -30,6 +35,7 @@ def make_vllm(
                 **cpu_arguments(),
                 "max_model_len": 8192,
                 "kv_cache_memory_bytes": KV_CACHE_BYTES,
+                **engine_args,
             },
             environment=cpu_environment(engines=2),
         )

@@ -136,11 +136,11 @@ class Unit:
             router_id="unit",
             link_token=TOKEN,
             expect_prefill=True,
-            promised_ttft_s=None,
-            promised_tpot_s=None,
             joint=None,
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
+            model="none",
+            index_block_tokens=128,
         )
         save(self.paths.router_settings, settings)
         self.anchor = Anchor(self.paths.anchor_socket)

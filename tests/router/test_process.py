@@ -135,6 +135,38 @@ async def test_health_metrics_and_workers(unit: Unit) -> None:
     assert (status, health["reasons"]) == (503, ["no prefill worker is up"])
 
 
+async def indexed(unit: Unit) -> dict[str, int]:
+    _, answer = await unit.get("/workers")
+    return {worker["id"]: worker["kv_index_blocks"] for worker in answer["workers"]}
+
+
+async def until_indexed(unit: Unit, wanted: dict[str, int]) -> None:
+    async with asyncio.timeout(5):
+        while await indexed(unit) != wanted:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_the_index_knows_what_workers_hold_and_so_does_the_next_router(unit: Unit) -> None:
+    await unit.anchor.ask(unit.request(700, max_tokens=4)).whole()
+    await until_indexed(unit, {"p0": 5, "d0": 5})
+    _, metrics = await unit.get("/metrics")
+    for line in (
+        'baton_kv_index_blocks{worker="p0"} 5.0',
+        "baton_kv_index_entries 5.0",
+        "baton_kv_index_snapshots_total 2.0",
+        "baton_kv_index_changes_total 2.0",
+        "baton_kv_index_gaps_total 0.0",
+        "baton_kv_index_left_out_total 0.0",
+    ):
+        assert line in metrics
+    unit.kill_router()
+    unit.start_router()
+    await unit.healthy()
+    await until_indexed(unit, {"p0": 5, "d0": 5})
+    unit.kill_worker("p0")
+    await until_indexed(unit, {"d0": 5})
+
+
 async def test_fronts_are_told_and_answered(unit: Unit) -> None:
     assert unit.anchor.ready[0].max_model_len == 2048
     for call_id, method in enumerate(("get_supported_tasks", "reset_mm_cache", "start_profile")):

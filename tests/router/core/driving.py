@@ -38,6 +38,7 @@ from router.core.records import Record
 from router.core.router import RouterCore
 
 TICKET = TicketId("0123456789abcdef0123456789abcdef0123456789ab")
+CACHED_AS = admission.CachedAs("m", 128)
 SETTINGS = CoreSettings(expect_prefill=True, local_prefill_max_tokens=4, kept_records=100)
 
 
@@ -48,7 +49,8 @@ def engine_request(request_id: str, prompt_tokens: int = 10, **params: object) -
 
 
 def demand(request_id: str, prompt_tokens: int = 10, **params: object) -> Demand:
-    return admission.read(engine_request(request_id, prompt_tokens, **params))
+    request = engine_request(request_id, prompt_tokens, **params)
+    return admission.read(request, CACHED_AS)
 
 
 def key(request_id: str = "a", front: int = 0) -> RequestKey:

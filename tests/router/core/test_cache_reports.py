@@ -48,6 +48,9 @@ def test_a_gap_asks_once_and_trusts_nothing_until_the_snapshot(drive: Drive) -> 
     assert held(drive) == {}
     report(drive, CacheSnapshot(3, [A, B]))
     assert held(drive) == {"d": 2}
+    report(drive, CacheChange(6, removed=[B], merged=3))
+    counts = drive.core.moves.counts
+    assert (counts.cache_snapshots, counts.cache_changes, counts.cache_gaps) == (2, 3, 1)
 
 
 def test_a_worker_whose_link_breaks_or_that_dies_drops_out_at_once(drive: Drive) -> None:

@@ -26,6 +26,7 @@ from router.core.events import (
 from router.core.lifecycle import InvalidTransition, State, Trigger
 from router.core.moves import CoreSettings
 from tests.router.core.driving import (
+    CACHED_AS,
     SETTINGS,
     TICKET,
     Drive,
@@ -263,7 +264,7 @@ def test_what_is_refused(drive: Drive, change: dict[str, object], words: str) ->
     request = engine_request("a")
     for name, value in change.items():
         setattr(request, name, value)
-    told, ended = drive.feed(RequestArrived(key(), admission.read(request), TICKET))
+    told, ended = drive.feed(RequestArrived(key(), admission.read(request, CACHED_AS), TICKET))
     assert is_error(told, 0)
     assert words in ended.error
 
@@ -279,7 +280,7 @@ def test_engine_internal_fields_never_reach_an_engine(drive: Drive) -> None:
     request = engine_request("a", extra_args=extra)
     request.priority, request.data_parallel_rank, request.kv_hints = -5, 3, {"x": 1}
     request.abort_immediately = request.resumable = True
-    (sent,) = drive.feed(RequestArrived(key(), admission.read(request), TICKET))
+    (sent,) = drive.feed(RequestArrived(key(), admission.read(request, CACHED_AS), TICKET))
     got: EngineRequest = decode_request(sent.engine_request)
     assert got.sampling_params == {"max_tokens": 8, "extra_args": {"own": 2}}
     assert (got.priority, got.data_parallel_rank, got.kv_hints) == (0, None, None)
