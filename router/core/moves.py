@@ -80,7 +80,7 @@ class Moves:
             self.waiting[request.key] = request
             return
         self.waiting.pop(request.key, None)
-        request.record.decisions.append(decision)
+        request.record.decide(now_s, decision)
         self.counts.decisions[decision.reason] += 1
         self._carry_out(now_s, request, decision)
 
@@ -227,7 +227,7 @@ class Moves:
                 self.outbox.forget_later(now_s, request.key, engagement)
         record = request.record
         record.ended_s, record.end, record.error, record.fault = now_s, end, why, fault
-        ended = _ended(request, end, now_s)
+        ended = _ended(request, end)
         told: Command | None = ended
         if end is End.CANCELLED:
             told = self.endings.aborted(now_s, record, request.story, ended)
@@ -272,17 +272,14 @@ class Moves:
         return self._settings.resume_streams or not lost.spoke
 
 
-def _ended(request: Request, end: End, now_s: float) -> Ended:
+def _ended(request: Request, end: End) -> Ended:
     record = request.record
     if record.recovered:
         return Ended(request.key, end, record.error, request.position, fault=record.fault)
-    first_s, later_tokens = record.first_token_s, request.position - 1
-    per_token_s = None
-    if first_s is not None and later_tokens > 0:
-        per_token_s = (now_s - first_s) / later_tokens
+    ratios = record.ratios()
     return Ended(
         request.key, end, record.error, request.position, fault=record.fault,
-        time_to_first_token_s=None if first_s is None else first_s - record.arrived_s,
-        duration_s=now_s - record.arrived_s,
-        time_per_output_token_s=per_token_s,
+        time_to_first_token_s=record.ttft_s, duration_s=record.duration_s,
+        time_per_output_token_s=record.tpot_s,
+        ttft_to_predicted=ratios.ttft, tpot_to_predicted=ratios.tpot,
     )  # fmt: skip
