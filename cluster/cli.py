@@ -91,6 +91,25 @@ def explain(
 
 
 @app.command()
+def replay(
+    recording: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file that `router.record_events` wrote.")
+    ],
+) -> None:
+    """Check that a router's recorded events give the commands that they gave live."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from cluster.replay import replay_file
+
+        if not replay_file(recording, Console(highlight=False, soft_wrap=True)):
+            raise typer.Exit(1)
+
+    _report_errors("replay", work)
+
+
+@app.command()
 def simulate(
     workload: Annotated[
         str,

@@ -14,7 +14,6 @@ import gc
 import importlib
 import logging
 import os
-import random
 import signal
 import sys
 import time
@@ -54,10 +53,10 @@ from router.core.events import (
     TicketRefused,
 )
 from router.core.moves import CoreSettings
-from router.core.placement import POLICIES
-from router.core.router import RouterCore
 from router.edge_log import EdgeLog
+from router.live_core import Origin, make_core
 from router.metrics import LinkBytes, Measured
+from router.recorder import Recorder
 from router.report import Report
 from router.settings import RouterSettings, UnitPaths, load_router
 from router.tickets import (
@@ -89,8 +88,9 @@ class RouterProcess:
             settings.expect_prefill, settings.local_prefill_max_tokens, settings.kept_records,
             settings.max_requests,
         )  # fmt: skip
-        tie_break = random.Random(self._incarnation).randrange
-        self.core = RouterCore(core_settings, POLICIES[POLICY](tie_break))
+        origin = Origin(core_settings, POLICY, tie_break_seed=self._incarnation)
+        self.core = make_core(origin)
+        self._recorder = _recorder(settings, self._incarnation, origin)
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
         self._measured = Measured()
         self._fronts_told = _FrontsTold()
@@ -123,7 +123,11 @@ class RouterProcess:
         tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._serve_http())]
         for task in tasks:
             task.add_done_callback(self._on_task_done)
-        return await self._exit
+        try:
+            return await self._exit
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
 
     async def _listen(self) -> None:
         await self._edge_log.listen()
@@ -149,6 +153,8 @@ class RouterProcess:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            if self._recorder is not None:
+                self._recorder.flush()
             self._read_membership()
             self._links.check_silence(asyncio.get_running_loop().time())
             self.feed(Tick())
@@ -157,8 +163,19 @@ class RouterProcess:
 
     def feed(self, event: Event) -> None:
         """Let the core decide, and do what it says."""
-        for command in self.core.handle(time.monotonic(), event):
+        for command in self._handle(event):
             self._carry_out(command)
+
+    def _handle(self, event: Event) -> list[Command]:
+        now_s = time.monotonic()
+        if self._recorder is None:
+            return self.core.handle(now_s, event)
+        commands = None
+        try:
+            commands = self.core.handle(now_s, event)
+        finally:
+            self._recorder.record(now_s, event, commands)
+        return commands
 
     def _carry_out(self, command: Command) -> None:
         if isinstance(command, anchor_link.Deliver):
@@ -181,7 +198,7 @@ class RouterProcess:
         return answer_line(answer(line, self._mint, time.time(), self._decide_ticket))
 
     def _decide_ticket(self, question: TicketAsked) -> TicketGranted | TicketRefused:
-        (decided,) = self.core.handle(time.monotonic(), question)
+        (decided,) = self._handle(question)
         assert isinstance(decided, TicketGranted | TicketRefused)
         return decided
 
@@ -315,6 +332,18 @@ def _deadline_s(ticket: TicketId | None, wall_s: float) -> float | None:
     """A ticket's deadline on the core's clock."""
     remaining_s = left_s(ticket, wall_s)
     return None if remaining_s is None else time.monotonic() + remaining_s
+
+
+def _recorder(settings: RouterSettings, incarnation: int, origin: Origin) -> Recorder | None:
+    """What records this process's events, if that is wanted."""
+    if settings.record_events is None:
+        return None
+    path = Path(settings.record_events) / f"{settings.router_id}-{incarnation}.events"
+    try:
+        return Recorder(path, settings.router_id, origin)
+    except OSError as error:
+        _log.error("no events are recorded: %s can't be created: %s", path, error)
+        return None
 
 
 def _load_http_api() -> ModuleType:

@@ -92,6 +92,8 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     """So many under way, further ones are refused with status 429."""
     kept_records: int = 10_000
     """Ended requests whose decisions can still be asked for."""
+    record_events: str | None = None
+    """Directory in which to record what the core is told and what it answers; None: nowhere."""
 
 
 def save(path: Path, settings: UnitSettings | RouterSettings) -> None:

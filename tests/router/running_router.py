@@ -130,7 +130,9 @@ class Anchor:
 class Unit:
     """The directory, the anchor, the router process and the workers."""
 
-    def __init__(self, directory: Path, local_prefill_max_tokens: int = 0) -> None:
+    def __init__(
+        self, directory: Path, local_prefill_max_tokens: int = 0, record_events: Path | None = None
+    ) -> None:
         self.paths = UnitPaths(directory)
         settings = RouterSettings(
             router_id="unit",
@@ -138,6 +140,7 @@ class Unit:
             expect_prefill=True,
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
+            record_events=None if record_events is None else str(record_events),
         )
         save(self.paths.router_settings, settings)
         self.anchor = Anchor(self.paths.anchor_socket)
