@@ -40,6 +40,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def serve(config: Config) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit code. Call it from the main thread."""
     launch.check_binaries()
+    launch.check_recordings(config)
     check_port(config.http.host, config.http.port)
     if config.grpc.port is not None:
         check_port(config.grpc.host, config.grpc.port, "grpc", "--grpc-port")

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from msgspec import Struct
+
+KEPT_RECORDS: Final = 10_000
 
 
 class UnitPaths:
@@ -90,7 +93,7 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     """How long a worker whose link broke, but whose process may live, keeps its requests."""
     max_requests: int = 10_000
     """So many under way, further ones are refused with status 429."""
-    kept_records: int = 10_000
+    kept_records: int = KEPT_RECORDS
     """Ended requests whose decisions can still be asked for."""
     record_events: str | None = None
     """Directory in which to record what the core is told and what it answers; None: nowhere."""
