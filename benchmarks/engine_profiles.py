@@ -3,7 +3,7 @@
 SHARED/perf/h100_sxm_step_times_derived.csv (`--shared`, default ../shared) holds summed kernel
 times of a step by model, GPUs, batch and context. The engine model's costs are fitted to them by
 least squares of relative errors, one fit for prefill and decode together. Prints a Markdown table;
-the profiles in `simulator/profiles.py` hold these numbers, prefill's 1.2 times.
+the profiles in `engine/profiles.py` hold these numbers, prefill's 1.2 times.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def configuration(topology: str) -> dict[str, Any]:
         "prefill": {"replicas": prefill},
         "decode": {"replicas": decode},
         # Every request is handed over, whatever its length.
-        "router": {"local_prefill_max_tokens": 0},
+        "router": {"policy": "least_predicted_work", "local_prefill_max_tokens": 0},
         # What bounds a real engine must not bound this one.
         "engine_args": {
             "block_size": 128,

@@ -28,11 +28,11 @@ from typing import Any, Final
 
 from benchmarks.report import table
 from benchmarks.workloads import LARGE, WORKLOADS
-from router.core.joint import Slo
+from engine.profiles import PROFILES
+from router.core.costs import Slo
 from simulator.cluster import Layout
 from simulator.experiment import OURS, POLICIES, Outcome, run
 from simulator.goodput import highest_rate
-from simulator.profiles import PROFILES
 from simulator.traces import BLOCK_TOKENS
 
 _ROOT: Final = Path(__file__).parents[1]

@@ -1,10 +1,12 @@
-"""What it costs to ask who holds a prompt's prefix: `python -m benchmarks.kv_index`.
+"""What a decision costs, and of it the KV index: `python -m benchmarks.kv_index`.
 
 An index of a million distinct blocks of 128 tokens, each held by 2 of 256 workers. A question
 hashes a prompt of 8,192 or 100,000 tokens and walks the index; all of its blocks are there, so that
-it is walked to its end. Also the rate of changes, the time of one while a dropped worker is cleared
-away, and the memory. One core; prints Markdown tables. `--quick` runs through all of it on a small
-index.
+it is walked to its end. A decision hashes such a prompt and places its request jointly, on one half
+of the workers, on the other, or on both, where 1,024 others are: it walks the index, compares all
+workers, and counts. The lengths take turns, in rounds, and the rounds' spread is told. Also the
+rate of the index's changes, the time of one while a dropped worker is cleared away, and the memory.
+One core; prints Markdown tables. `--quick` runs through all of it on a small index.
 """
 
 from __future__ import annotations
@@ -16,14 +18,24 @@ import random
 import statistics
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import psutil
 
 from benchmarks.report import machine, table
+from engine.latency_model import StepTimes
+from engine.profiles import PROFILES
 from kvstore.content import block_addresses, root_address
 from kvstore.index import CLEARED_AT_ONCE, KvIndex
+from protos.enginecore import ENGINE_TAG
+from protos.ids import Incarnation, RequestKey, WorkerId
+from router.core.costs import Slo
+from router.core.events import Role, Shape, WorkerUp
+from router.core.joint import JointPlacement
+from router.core.placement import View
+from router.core.workers import WorkerPool
 
 BLOCK_TOKENS: Final = 128
 PROMPT_TOKENS: Final = (8_192, 100_000)
@@ -40,10 +52,14 @@ class Sizes(NamedTuple):
     blocks: int
     holders: int
     questions: int
+    rounds: int
+    """Of decisions, as many of each length in each as there are questions."""
 
 
-FULL: Final = Sizes(workers=256, blocks=1_000_000, holders=2, questions=1000)
-QUICK: Final = Sizes(workers=256, blocks=20_000, holders=2, questions=20)
+FULL: Final = Sizes(workers=256, blocks=1_000_000, holders=2, questions=1000, rounds=5)
+QUICK: Final = Sizes(workers=256, blocks=20_000, holders=2, questions=20, rounds=2)
+UNDER_WAY: Final = 1024
+TIMING: Final = PROFILES["llama-3.1-8b-h100"].timing(BLOCK_TOKENS)
 
 
 class Costs(NamedTuple):
@@ -51,6 +67,8 @@ class Costs(NamedTuple):
 
     question_ms: dict[int, dict[str, list[float]]]
     """By tokens of the prompt; for each question "hash", "walk" and "both"."""
+    decision_ms: dict[int, list[list[float]]]
+    """By tokens of the prompt, in rounds."""
     stored_per_s: float
     removed_per_s: float
     changes_after_drop_ms: list[float]
@@ -114,6 +132,8 @@ def measure(sizes: Sizes) -> Costs:
             times["walk"].append(1000 * (ended_s - hashed_s))
             times["both"].append(1000 * (ended_s - began_s))
 
+    decision_ms = time_decisions(sizes, index, prompts)
+
     while_cleared = -(-index.blocks_of("w0") // CLEARED_AT_ONCE)
     index.drop("w0")
     changes_ms = []
@@ -132,7 +152,43 @@ def measure(sizes: Sizes) -> Costs:
             index.remove(holders_of(number, sizes)[-1], part)
         remove_s += time.perf_counter() - began_s
         removed += len(addresses)
-    return Costs(question_ms, stored / store_s, removed / remove_s, changes_ms, bytes_per_block)
+    return Costs(
+        question_ms, decision_ms, stored / store_s, removed / remove_s, changes_ms, bytes_per_block
+    )
+
+
+def time_decisions(sizes: Sizes, index: KvIndex, prompts: int) -> dict[int, list[list[float]]]:
+    """Of requests for prompts that are in the index."""
+    pool = WorkerPool()
+    for number in range(sizes.workers):
+        role = Role.PREFILL if number % 2 else Role.DECODE
+        name = WorkerId(f"w{number}")
+        pool.attach(WorkerUp(name, Incarnation(1), role, ENGINE_TAG, BLOCK_TOKENS, 4000, 131_072))
+    view = View(pool, index, BLOCK_TOKENS, True, 0)
+    chance = random.Random(1)
+    policy = JointPlacement(chance.randrange, StepTimes(TIMING), 8192, Slo(2.0, 0.05))
+    under_way: deque[RequestKey] = deque()
+    decision_ms: dict[int, list[list[float]]] = {tokens: [] for tokens in PROMPT_TOKENS}
+    made, now_s = 0, 0.0
+    for _ in range(sizes.rounds):
+        for times in decision_ms.values():
+            times.append([])
+        for _ in range(sizes.questions):
+            for tokens in PROMPT_TOKENS:
+                asked = prompt(chance.randrange(prompts))[:tokens]
+                made, now_s = made + 1, now_s + 0.01
+                key = RequestKey(f"0:{made}")
+                began_s = time.perf_counter()
+                addresses = block_addresses(_ROOT, asked, BLOCK_TOKENS)
+                decision = policy.place(now_s, view, key, Shape(tokens, None, addresses=addresses))
+                decision_ms[tokens][-1].append(1000 * (time.perf_counter() - began_s))
+                assert decision is not None
+                under_way.append(key)
+                if made % 2:  # Half of them decode.
+                    policy.first_token(now_s, key)
+                if len(under_way) > UNDER_WAY:
+                    policy.ended(now_s, under_way.popleft(), 200)
+    return decision_ms
 
 
 def report(sizes: Sizes, costs: Costs) -> str:
@@ -147,6 +203,14 @@ def report(sizes: Sizes, costs: Costs) -> str:
         ]
         for tokens, times in costs.question_ms.items()
     ]
+    decisions = [
+        [
+            f"{tokens:,}",
+            _over_rounds([statistics.median(each) for each in rounds]),
+            _over_rounds([percentile(each, 99) for each in rounds]),
+        ]
+        for tokens, rounds in costs.decision_ms.items()
+    ]
     headings = ["prompt tokens", "hash, ms", "walk, ms", "both, ms"]
     changes = costs.changes_after_drop_ms
     return (
@@ -154,11 +218,18 @@ def report(sizes: Sizes, costs: Costs) -> str:
         f"tokens, each held by {sizes.holders}; {sizes.questions} questions of each length; "
         "median / 99th percentile."
         f"\n\n{table(headings, rows)}\n"
+        f"Whole decisions, hashing included; medians of {sizes.rounds} rounds of {sizes.questions} "
+        "of each length, and in brackets the least and the most:\n\n"
+        f"{table(['prompt tokens', 'median, ms', '99th percentile, ms'], decisions)}\n"
         f"Changes of {CHANGED_AT_ONCE} blocks: {costs.stored_per_s:,.0f} blocks stored a second, "
         f"{costs.removed_per_s:,.0f} removed. While a dropped worker is cleared away a change "
         f"takes {statistics.median(changes):.3f} ms, at most {max(changes):.3f} ms. "
         f"Memory: {costs.bytes_per_block:.0f} bytes a block."
     )
+
+
+def _over_rounds(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def main() -> None:

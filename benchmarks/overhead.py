@@ -55,7 +55,7 @@ def configuration(name: str, threads: int) -> dict[str, Any]:
         "prefill": {"replicas": prefill, "environment": environment},
         "decode": {"replicas": decode, "environment": environment},
         # Every request is handed over, whatever its length.
-        "router": {"local_prefill_max_tokens": 0},
+        "router": {"policy": "least_predicted_work", "local_prefill_max_tokens": 0},
     }
 
 

@@ -28,12 +28,12 @@ import numpy as np
 
 from benchmarks.report import table
 from engine.latency_model import StepTimes
+from engine.profiles import PROFILES
+from router.core.costs import Slo
 from router.core.events import End, Ended
-from router.core.joint import Slo
 from simulator.baselines import Setup
 from simulator.cluster import Cluster, Layout
 from simulator.experiment import policy_named
-from simulator.profiles import PROFILES
 from simulator.traces import BLOCK_TOKENS, TracedRequest
 
 RATES_RPS: Final = (3, 10, 15, 20, 30, 40, 60)

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from router.core.joint import Slo
+from router.core.costs import Slo
 from simulator import traces, workloads
 from simulator.traces import TracedRequest
 

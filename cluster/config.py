@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -109,11 +109,35 @@ class DecodeSection(_Pool):
 class RouterSection(_Section):
     """Where requests go."""
 
+    policy: Literal["joint", "least_predicted_work"] = Field(
+        default="joint",
+        description="`joint` predicts times, and splits a request over a prefill and a decode "
+        "worker where that costs less of both targets below; `least_predicted_work` splits by the "
+        "prompt's length alone.",
+    )
+    ttft_slo_ms: float = Field(
+        default=2000.0,
+        ge=1,
+        description="Milliseconds within which a first token should come; `joint` weighs by it.",
+    )
+    tpot_slo_ms: float = Field(
+        default=50.0,
+        ge=0.1,
+        description="Milliseconds between tokens that there should be at most; likewise.",
+    )
+    engine_profile: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Step times that `joint` starts from: a built-in profile, e.g. "
+        "`llama-3.1-8b-h100`, or a YAML or JSON file with the keys of `simulated`. Without one, "
+        "they follow from the model's and the device's constants, and simulated engines' are "
+        "known. What engines do corrects them.",
+    )
     local_prefill_max_tokens: int = Field(
         default=32,
         ge=0,
-        description="Prompts of at most this many tokens are computed on the decode worker, since "
-        "moving their state would take longer.",
+        description="For `least_predicted_work`: prompts of at most this many tokens are computed "
+        "on the decode worker, since moving their state would take longer.",
     )
     max_requests: int = Field(
         default=10_000,

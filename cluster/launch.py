@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from cluster import model
+from cluster import engine_profile, model
 from cluster.config import Config
 from cluster.instance import Instance
 from cluster.local_ray import NAMESPACE
 from protos.errors import ConfigError
-from router.settings import RouterSettings, UnitSettings
+from router.settings import JointSettings, RouterSettings, UnitSettings
 
 ROUTER_ID: Final = "router-0"
 _APPLICATION: Final = "baton-router-units"
@@ -135,6 +135,7 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         router_id=ROUTER_ID,
         link_token=link_token,
         expect_prefill=config.prefill.replicas > 0,
+        joint=_joint(config, directory),
         local_prefill_max_tokens=config.router.local_prefill_max_tokens,
         max_requests=config.router.max_requests,
         served_model_names=names,
@@ -150,6 +151,17 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         [target],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
+    )
+
+
+def _joint(config: Config, directory: Path) -> JointSettings | None:
+    if config.router.policy != "joint":
+        return None
+    return JointSettings(
+        ttft_slo_s=config.router.ttft_slo_ms / 1000,
+        tpot_slo_s=config.router.tpot_slo_ms / 1000,
+        timing=engine_profile.timing(config, directory),
+        max_step_tokens=engine_profile.max_step_tokens(config),
     )
 
 

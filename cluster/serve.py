@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from cluster import launch, model
+from cluster import engine_profile, launch, model
 from cluster.config import Config, GrpcSection
 from cluster.instance import Instance
 from cluster.local_ray import LocalRay
@@ -41,6 +41,8 @@ def serve(config: Config) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit code. Call it from the main thread."""
     launch.check_binaries()
     launch.check_recordings(config)
+    if config.router.policy == "joint":
+        engine_profile.configured(config)  # What is wrong with it is said before anything starts.
     check_port(config.http.host, config.http.port)
     if config.grpc.port is not None:
         check_port(config.grpc.host, config.grpc.port, "grpc", "--grpc-port")

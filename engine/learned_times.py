@@ -4,18 +4,26 @@ A profile says how a time depends on the work; the engines at hand say by what f
 It is tracked as exponentially weighted mean and variance of its logarithm (West 1979, the
 incremental form), so that a time twice too long and one half too short weigh the same, and a
 prediction's spread is a factor too.
+
+What a time may cost grows with its square, and a spread makes squares dearer than the median's. If
+ln x is normal with mean ln m and standard deviation s, then ln x^2 is normal with mean 2 ln m and
+standard deviation 2 s; a lognormal's mean is e to (mean + variance / 2) (Johnson, Kotz and
+Balakrishnan, Continuous Univariate Distributions 1, chapter 14), so E[x] = m exp(s^2 / 2) and
+E[x^2] = m^2 exp(2 s^2).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 WEIGHT: Final = 0.05
 """Of the newest observation, once there have been some."""
 FIRST_SPREAD: Final = 0.2
 """Of a factor of which nothing was seen: the profile's own error (benchmarks/results)."""
+LARGEST_VARIANCE: Final = 0.5
+"""Of a logarithm, as it is used: what is spread wider shows that the model lacks something."""
 LARGEST_FACTOR: Final = 1000.0
 """What is further off is taken for that: a CPU is about 1,000 times slower than a GPU."""
 
@@ -38,6 +46,16 @@ class Factor:
         """Standard deviation of the logarithm: 0.1 is about 10 %."""
         return math.sqrt(self.log_variance)
 
+    @property
+    def mean(self) -> float:
+        """E[x]: see the module."""
+        return self.value * math.exp(min(self.log_variance, LARGEST_VARIANCE) / 2)
+
+    @property
+    def square_over_median(self) -> float:
+        """E[x^2] over the square of the median: see the module."""
+        return math.exp(2 * min(self.log_variance, LARGEST_VARIANCE))
+
     def observe(self, measured_s: float, predicted_s: float) -> None:
         """Take one pair in; both above 0, else it says nothing."""
         if measured_s <= 0 or predicted_s <= 0:
@@ -50,3 +68,18 @@ class Factor:
         self.log_mean += weight * error
         if self.observations > 1:
             self.log_variance = (1 - weight) * (self.log_variance + weight * error * error)
+
+
+@dataclass(slots=True)
+class LearnedTimes:
+    """What is learned of all workers' engines, which are alike."""
+
+    prefill: Factor = field(default_factory=Factor)
+    """Of the time that prompts' tokens take, beside that of the steps that compute them."""
+    step: Factor = field(default_factory=Factor)
+    """Of steps that decode."""
+    transfer: Factor = field(default_factory=Factor)
+    """Of the time from a hand-off until the request is in a step."""
+    first_token: Factor = field(default_factory=Factor)
+    """Of whole times to the first token, as predicted with the others: its spread says how far to
+    trust them. Single prompts' is no measure of it, for a queue's errors even out."""

@@ -6,26 +6,32 @@ from random import Random
 
 from msgspec import Struct
 
-from protos.errors import BatonError
+from engine.latency_model import StepTimes
+from router.core.costs import Slo
+from router.core.joint import JointPlacement
 from router.core.moves import CoreSettings
-from router.core.placement import POLICIES
+from router.core.placement import LeastPredictedWork, Placement, TieBreak
 from router.core.router import RouterCore
+from router.settings import JointSettings
 
 
 class Origin(Struct, frozen=True):
     """All that a core starts from."""
 
     settings: CoreSettings
-    policy: str
+    joint: JointSettings | None
+    """None: least predicted work."""
     tie_break_seed: int
 
 
 def make_core(origin: Origin) -> RouterCore:
-    """Raises BatonError for a policy that there is not."""
-    make_policy = POLICIES.get(origin.policy)
-    if make_policy is None:
-        raise BatonError(
-            f"this version of Baton has no placement policy {origin.policy}, only "
-            f"{', '.join(sorted(POLICIES))}."
-        )
-    return RouterCore(origin.settings, make_policy(Random(origin.tie_break_seed).randrange))
+    """Two that are made of the same say the same, whatever they are told."""
+    tie_break = Random(origin.tie_break_seed).randrange
+    return RouterCore(origin.settings, _placement(origin.joint, tie_break))
+
+
+def _placement(joint: JointSettings | None, tie_break: TieBreak) -> Placement:
+    if joint is None:
+        return LeastPredictedWork(tie_break)
+    slo = Slo(joint.ttft_slo_s, joint.tpot_slo_s)
+    return JointPlacement(tie_break, StepTimes(joint.timing), joint.max_step_tokens, slo)

@@ -71,7 +71,6 @@ from router.worker_links import WorkerLinks
 
 _log = logging.getLogger("router")
 
-POLICY: Final = "least_predicted_work"
 TICK_S: Final = 0.1
 HTTP_AFTER_S: Final = 0.1
 DEFECT_STATUS: Final = 70
@@ -88,7 +87,7 @@ class RouterProcess:
             settings.expect_prefill, settings.local_prefill_max_tokens, settings.kept_records,
             settings.max_requests,
         )  # fmt: skip
-        origin = Origin(core_settings, POLICY, tie_break_seed=self._incarnation)
+        origin = Origin(core_settings, settings.joint, tie_break_seed=self._incarnation)
         self.core = make_core(origin)
         self._recorder = _recorder(settings, self._incarnation, origin)
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)

@@ -14,6 +14,8 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from engine.spec import SimulatedTiming
+
 KEPT_RECORDS: Final = 10_000
 
 
@@ -77,6 +79,16 @@ class UnitSettings(Struct, frozen=True, kw_only=True):
     environment: dict[str, str] = {}
 
 
+class JointSettings(Struct, frozen=True, kw_only=True):
+    """What joint placement weighs and starts from."""
+
+    ttft_slo_s: float
+    tpot_slo_s: float
+    timing: SimulatedTiming
+    """How long the engines' steps should take."""
+    max_step_tokens: int
+
+
 class RouterSettings(Struct, frozen=True, kw_only=True):
     """The router process's."""
 
@@ -84,8 +96,11 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     link_token: str
     expect_prefill: bool
     """The prefill pool is not empty by configuration: be healthy only with one of each."""
+    joint: JointSettings | None
+    """None: least predicted work."""
     local_prefill_max_tokens: int
-    """Prompts of at most this many tokens are computed on the decode worker."""
+    """For least predicted work: prompts of at most this many tokens are computed on the decode
+    worker."""
     served_model_names: list[str]
     ticket_ttl_s: float = 600.0
     """Longer than any upload may take: a ticket is given before the body is read."""

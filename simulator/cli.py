@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.latency_model import StepTimes, StepWork
+from engine.profiles import PROFILES, EngineProfile
 from protos.errors import ConfigError, nearest
-from router.core.joint import Slo
+from router.core.costs import Slo
 from simulator import page, traces, workloads
 from simulator.cluster import Layout
 from simulator.experiment import Outcome, policy_named, run
 from simulator.measure import Latencies
-from simulator.profiles import PROFILES, EngineProfile
 from simulator.traces import TracedRequest
 
 _SLO: Final = re.compile(r"^(\d+(?:\.\d+)?)(ms|s),(\d+(?:\.\d+)?)(ms|s)$")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from engine.profiles import EngineProfile
 from protos.ids import RequestKey, TicketId, WorkerId
 from router.core.events import (
     AbortOn,
@@ -31,7 +32,6 @@ from router.core.events import (
 from router.core.moves import CoreSettings
 from router.core.placement import Placement
 from router.core.router import RouterCore
-from simulator.profiles import EngineProfile
 from simulator.traces import BLOCK_TOKENS, TracedRequest
 from simulator.worker import Asked, SimulatedWorker
 

@@ -10,7 +10,8 @@ from typing import Final
 from engine.latency_model import StepTimes
 from protos.errors import ConfigError, nearest
 from protos.ids import WorkerId
-from router.core.joint import JointPlacement, Slo, Weights
+from router.core.costs import Slo, Weights
+from router.core.joint import JointPlacement
 from router.core.placement import Placement
 from simulator.baselines import BASELINES, Setup
 from simulator.cluster import Cluster, Layout

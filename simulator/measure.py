@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
+from router.core.costs import Slo
 from router.core.events import End, Ended
-from router.core.joint import Slo
 
 _BIN: Final = math.log(1.02)
 _LEAST_S: Final = 1e-5

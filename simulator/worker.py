@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from engine.latency_model import StepTimes
+from engine.profiles import EngineProfile
 from engine.simulated.core import SimulatedCore
 from engine.simulated.request import CountedRequest, Manifest
 from engine.simulated.scheduler import SimulatedLimits
@@ -28,7 +29,6 @@ from router.core.events import (
     Submit,
     WorkerUp,
 )
-from simulator.profiles import EngineProfile
 
 INCARNATION: Final = Incarnation(1)
 KV_LEASE_S: Final = 30.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from engine.learned_times import Factor
 from protos.ids import RequestKey, WorkerId
@@ -24,18 +24,23 @@ class Part:
 
     worker: WorkerId
     placed_s: float = 0.0
+    """Or handed off to this worker."""
     work_s: float = 0.0
     """What the profile says that its prompt's tokens take."""
     base_s: float = 0.0
     """What its steps take beside that, if it has them for itself."""
     occupies_s: float = 0.0
     """By how much it delays what comes after it: prompts share steps."""
+    ttft_s: float = 0.0
+    """Its prompt's predicted wait and time, from when it was placed."""
     due_s: float = 0.0
     """When its prompt should be computed there; 0 if it is not to be."""
     context_tokens: float = 0.0
     """What it adds to each decode step there; 0 if it does not decode there."""
     coming_tokens: int = 0
     """Of its KV state, what may not be there yet, nor in the worker's reports."""
+    fetched_blocks: float = 0.0
+    """Of these, what another worker computed or has."""
     decoding: bool = False
     """Its tokens are being made there."""
 
@@ -57,6 +62,24 @@ class Done:
             self.at_s, self.base_s, self.work_s = now_s, 0.0, 0.0
         self.base_s = max(self.base_s, part.base_s)
         self.work_s += part.work_s
+
+
+class Figures(NamedTuple):
+    """A forecast in numbers alone, for `columns`."""
+
+    free_s: float
+    """Long past, where nothing waits."""
+    first_due_s: float
+    """Never, where nothing waits."""
+    waiting: int
+    load_s: float
+    """Time that goes to prompts, decayed until `load_at_s`."""
+    load_at_s: float
+    decodes: int
+    context_tokens: float
+    running: int
+    running_context_tokens: float
+    coming_tokens: int
 
 
 @dataclass(slots=True)
@@ -83,15 +106,22 @@ class Forecast:
         """Nothing of this router is there."""
         return not self.prefills and not self.decodes
 
+    def figures(self) -> Figures:
+        """As it stands."""
+        first = next(iter(self.prefills.values()), None)
+        return Figures(
+            -math.inf if first is None else self.free_s,
+            math.inf if first is None else first.due_s,
+            len(self.prefills), self._prefill_load_s, self._load_at_s,
+            self.decodes, self.context_tokens, self.running, self.running_context_tokens,
+            self.coming_tokens,
+        )  # fmt: skip
+
     def queue_s(self, now_s: float) -> float:
         """How long the prompts that wait there take; what is overdue counts as due now."""
         if not self.prefills:
             return 0.0
         return max(0.0, self.free_s + self._late_s(now_s) - now_s)
-
-    def prefill_share(self, now_s: float, window_s: float) -> float:
-        """Of its time, what goes to prompts: exponentially averaged over the window."""
-        return min(LARGEST_SHARE, self._load_s(now_s, window_s) / window_s)
 
     def add_prefill(self, now_s: float, key: RequestKey, part: Part, window_s: float) -> None:
         """Behind all that wait."""

@@ -17,20 +17,24 @@ context. First tokens that come earlier or later than predicted move the forecas
 
 from __future__ import annotations
 
-import math
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from engine.latency_model import StepTimes
-from engine.learned_times import Factor
-from engine.spec import SimulatedTiming
+from engine.learned_times import LearnedTimes
 from protos.ids import RequestKey, WorkerId
 from router.core.ahead import Ahead
+from router.core.candidates import Column, Shortlist
+from router.core.columns import Columns
+from router.core.costs import COMPARED, WEIGHTS, Asked, Found, Pricing, Slo, Weights
 from router.core.events import Role, Shape
-from router.core.forecast import LARGEST_SHARE, Forecast, Part
+from router.core.forecast import Forecast, Part
 from router.core.output_lengths import OutputLengths
 from router.core.placement import (
-    Candidate,
     Decision,
     Predicted,
     Reason,
@@ -41,29 +45,14 @@ from router.core.placement import (
 from router.core.workers import Worker
 
 _GONE_KEPT: Final = 16
-_FULL: Final = 0.9
-"""Of a KV cache: beyond that, requests wait for others to end."""
-_FULL_COST: Final = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """What clients were promised, where a request does not say."""
-
-    ttft_s: float
-    tpot_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What the parts of a cost weigh: docs/adr/0007 tells how they were found."""
-
-    later: float = 20.0
-    """Prompts that will come after this one and lose its time, beyond as many as wait now."""
-    floor: float = 0.02
-    """What a prompt's time costs at least, where nothing waits: so caches are used."""
-    share_window_s: float = 10.0
-    """Over how long the share of its time that a worker spends on prompts is averaged."""
+_AGED_AT_ONCE: Final = 2
+_LATE: Final = 4.0
+"""What takes so many times as long as predicted, and a minute, counts as over."""
+_LATE_S: Final = 60.0
+_LONG: Final = 10.0
+"""Outputs without a limit are taken to be so many times as long as expected at most."""
+_TTFT: Final = COMPARED.index("ttft_s")
+_TPOT: Final = COMPARED.index("tpot_s")
 
 
 @dataclass(slots=True)
@@ -73,6 +62,20 @@ class _Placed:
     kind: str
     addresses: tuple[bytes, ...]
     parts: list[Part]
+    first_token_by_s: float
+    """After this, nobody waits for its first token any more."""
+    over_by_s: float
+
+
+class _Choice(NamedTuple):
+    """The best worker for one part."""
+
+    at: int
+    """Its place in the columns."""
+    worker: WorkerId
+    cost: float
+    numbers: Sequence[float]
+    """By `COMPARED`."""
 
 
 class JointPlacement:
@@ -80,84 +83,81 @@ class JointPlacement:
 
     def __init__(
         self, tie_break: TieBreak, times: StepTimes, max_step_tokens: int, slo: Slo,
-        weights: Weights = Weights(),
+        weights: Weights = WEIGHTS,
     ) -> None:  # fmt: skip
         self._tie_break = tie_break
-        self._times = times
-        self._max_step_tokens = max_step_tokens
+        self.learned = LearnedTimes()
+        self._pricing = Pricing(times, max_step_tokens, weights, self.learned)
         self._slo = slo
         self._weights = weights
-        self.prefill_factor = Factor()
-        """By which prompts take longer than the profile says."""
         self._lengths = OutputLengths()
         self.forecasts: dict[WorkerId, Forecast] = {}
-        self._placed: dict[RequestKey, _Placed] = {}
+        self._columns: Columns | None = None
+        self._changed: set[WorkerId] = set()
+        """Whose forecast is not as the columns say."""
+        self._placed: OrderedDict[RequestKey, _Placed] = OrderedDict()
+        """Those that were looked at longest ago, by `_age`, first."""
         self._ahead = Ahead()
 
     # What is asked
 
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
         """The least predicted cost."""
-        pool = view.pool
-        prefill, decode = pool.usable(Role.PREFILL), pool.usable(Role.DECODE)
+        prefill, decode = view.pool.usable(Role.PREFILL), view.pool.usable(Role.DECODE)
         if not prefill and not decode:
             return None
         self._prune(view)
-        held = self._held(view, shape)
-        length = self._lengths.expect(shape.kind, shape.max_tokens, shape.output_tokens)
-        context = shape.prompt_tokens + shape.output_tokens + length / 2
-        ttft_slo_s = shape.ttft_slo_s or self._slo.ttft_s
-        tpot_slo_s = shape.tpot_slo_s or self._slo.tpot_s
-        ask = _Asked(now_s, shape, held, length, context, ttft_slo_s, tpot_slo_s)
-        there = [self._look(ask, worker) for worker in decode or prefill]
+        self._age(now_s)
+        ask = self._asked(now_s, shape)
+        there = self._find(ask, view, shape, prefill, decode)
+        columns, pricing, kept = there.columns, self._pricing, Shortlist()
+        last = columns.decode if decode else columns.prefill
         if shape.fetchable and decode:
-            fetching = [self._decode(ask, each) for each in there]
-            chosen = self._least(fetching)
-            self._count(ask, view, key, chosen, None, computed_on=None)
-            return Decision(
-                Reason.RESUME, shape.prompt_tokens, chosen.worker, None, _COMPARED, fetching,
-                predicted=Predicted(None, chosen.numbers[_TPOT]),
-            )  # fmt: skip
-        whole = [self._whole(ask, each) for each in there]
-        best_whole = self._least(whole)
-        reason: Reason | None = Reason.DECODE_DOWN
-        if decode:
-            reason = never_split_because(view, shape, bool(prefill))
-        candidates = whole
-        chosen, first = best_whole, None
+            rest = self._least(Role.DECODE, columns, last, pricing.decode(ask, there), kept)
+            self._count(ask, there, key, shape, rest, None, computed=False)
+            return _decision(Reason.RESUME, shape, rest, None, kept)
+        whole = self._least(Role.DECODE, columns, last, pricing.whole(ask, there), kept)
+        reason = never_split_because(view, shape, bool(prefill)) if decode else Reason.DECODE_DOWN
+        chosen, first = whole, None
         if reason is None:
-            firsts = [self._prefill(ask, self._look(ask, worker)) for worker in prefill]
-            seconds = [self._decode(ask, each) for each in there]
-            candidates = whole + firsts + seconds
-            best_first, best_second = self._least(firsts), self._least(seconds)
-            if best_first.cost + best_second.cost < best_whole.cost:
-                chosen, first, reason = best_second, best_first, Reason.SPLIT_COSTS_LESS
-            else:
-                reason = Reason.WHOLE_COSTS_LESS
-        self._count(ask, view, key, chosen, first, computed_on=(first or chosen).worker)
-        return Decision(
-            reason, shape.prompt_tokens, chosen.worker, first.worker if first else None,
-            _COMPARED, candidates,
-            predicted=Predicted((first or chosen).numbers[_TTFT], chosen.numbers[_TPOT]),
-        )  # fmt: skip
+            reason = Reason.WHOLE_COSTS_LESS
+            prompts, rests = pricing.prefill(ask, there), pricing.decode(ask, there)
+            prompt = self._least(Role.PREFILL, columns, columns.prefill, prompts, kept)
+            rest = self._least(Role.DECODE, columns, last, rests, kept)
+            if prompt.cost + rest.cost < whole.cost:
+                chosen, first, reason = rest, prompt, Reason.SPLIT_COSTS_LESS
+        self._count(ask, there, key, shape, chosen, first, computed=True)
+        return _decision(reason, shape, chosen, first, kept)
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Its prompt is computed."""
         placed = self._placed.get(key)
         if placed is None:
             return
-        computed = placed.parts[0]
-        if computed.due_s:
-            forecast = self.forecasts[computed.worker]
-            forecast.end_prefill(now_s, key)
-            forecast.done.add(now_s, computed, self.prefill_factor)
-            self._ahead.remove(computed.worker, placed.addresses)
-            computed.due_s = 0.0
-            forecast.has_come(computed)
-            if len(placed.parts) > 1:
-                del placed.parts[0]  # The other one makes the tokens.
-        else:
-            self.forecasts[placed.parts[-1].worker].has_come(placed.parts[-1])
+        part = placed.parts[0]
+        if part.due_s:
+            forecast = self._change(part.worker)
+            self._end_prompt(now_s, key, placed)
+            forecast.done.add(now_s, part, self.learned.prefill)
+            self.learned.first_token.observe(now_s - part.placed_s, part.ttft_s)
+            forecast.has_come(part)
+        if len(placed.parts) > 1:  # The other one makes the tokens.
+            self._change(part.worker).end(part)
+            del placed.parts[0]
+            placed.parts[0].placed_s = now_s
+        elif not part.decoding:
+            self._has_come(now_s, part)
+
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """A step of decodes alone tells how long those take."""
+        forecast = self.forecasts.get(worker.id)
+        if forecast is None or not forecast.running or forecast.prefills:
+            return
+        # What other routers put there is taken to be like what this one did.
+        running = max(forecast.running, worker.load.running)
+        context_tokens = forecast.running_context_tokens * running / forecast.running
+        profiled_s = self._pricing.profiled_step_s(running, context_tokens)
+        self.learned.step.observe(worker.load.step_time_s, profiled_s)
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
@@ -166,23 +166,50 @@ class JointPlacement:
             return
         if output_tokens is not None:
             self._lengths.observe(placed.kind, output_tokens)
+        self._take_off(now_s, key, placed)
+
+    def _take_off(self, now_s: float, key: RequestKey, placed: _Placed) -> None:
+        self._end_prompt(now_s, key, placed)
         for part in placed.parts:
-            forecast = self.forecasts[part.worker]
-            if part.due_s:
-                forecast.end_prefill(now_s, key)
-                self._ahead.remove(part.worker, placed.addresses)
-            forecast.end(part)
+            self._change(part.worker).end(part)
 
-    def _prune(self, view: View) -> None:
-        """Forget workers that are gone for good, now and then."""
-        if len(self.forecasts) <= 2 * view.pool.size + _GONE_KEPT:
+    def _end_prompt(self, now_s: float, key: RequestKey, placed: _Placed) -> None:
+        """It waits no more, if it did."""
+        part = placed.parts[0]
+        if part.due_s:
+            self._change(part.worker).end_prefill(now_s, key)
+            self._ahead.remove(part.worker, placed.addresses)
+            part.due_s = 0.0
+
+    def _age(self, now_s: float) -> None:
+        """Take off what must be over, though nobody said so: a few with each question, so that
+        each has its turn."""
+        for _ in range(min(_AGED_AT_ONCE, len(self._placed))):
+            key, placed = self._placed.popitem(last=False)
+            if now_s > placed.over_by_s:
+                self._take_off(now_s, key, placed)
+                continue
+            if now_s > placed.first_token_by_s:
+                self._end_prompt(now_s, key, placed)
+            self._placed[key] = placed
+
+    def _has_come(self, now_s: float, part: Part) -> None:
+        """What it fetched is there, and a step has used it."""
+        forecast = self._change(part.worker)
+        forecast.has_come(part)
+        if not part.fetched_blocks:
             return
-        for worker, forecast in list(self.forecasts.items()):
-            if view.pool.get(worker) is None and forecast.idle:
-                del self.forecasts[worker]
-                self._ahead.drop(worker)
+        step_s = self._pricing.step_s(forecast.running, forecast.running_context_tokens)
+        profiled_s = self._pricing.profiled_transfer_s(part.fetched_blocks, step_s)
+        self.learned.transfer.observe(now_s - part.placed_s - step_s, profiled_s)
 
-    # What is predicted
+    # What is known
+
+    def _asked(self, now_s: float, shape: Shape) -> Asked:
+        length = self._lengths.expect(shape.kind, shape.max_tokens, shape.output_tokens)
+        tokens = shape.prompt_tokens + shape.output_tokens
+        slo = Slo(shape.ttft_slo_s or self._slo.ttft_s, shape.tpot_slo_s or self._slo.tpot_s)
+        return Asked(now_s, tokens, length, tokens + length / 2, slo)
 
     def _held(self, view: View, shape: Shape) -> dict[str, int]:
         """Tokens of the prompt that each worker holds, or will when its turn comes."""
@@ -196,168 +223,91 @@ class JointPlacement:
             worker: min(blocks, computable) * view.block_tokens for worker, blocks in found.items()
         }
 
-    def _look(self, ask: _Asked, worker: Worker) -> _There:
-        forecast = self.forecasts.get(worker.id)
-        if forecast is None:
-            forecast = self.forecasts[worker.id] = Forecast()
-        cached = ask.held.get(worker.id, 0)
-        tokens = ask.tokens - cached
-        timing = self._times.timing
-        before_s = _step_s(timing, forecast.decodes, forecast.context_tokens)
-        running_s = _step_s(timing, forecast.running, forecast.running_context_tokens)
-        # In chunks, each beside what decodes there by now.
-        steps = tokens / max(1, self._max_step_tokens - forecast.running)
-        work_s = tokens * (timing.prefill_token_s + (cached + tokens / 2) * timing.prefill_pair_s)
-        takes_s = self.prefill_factor.value * work_s
-        base_s = math.ceil(steps) * running_s
-        return _There(
-            worker, forecast, cached, forecast.queue_s(ask.now_s), work_s, base_s,
-            takes_s + base_s, takes_s + steps * running_s, before_s,
-            before_s + timing.decode_request_s
-            + ask.context_tokens * timing.decode_context_token_s,
-            forecast.prefill_share(ask.now_s, self._weights.share_window_s),
-        )  # fmt: skip
+    def _find(
+        self, ask: Asked, view: View, shape: Shape, prefill: Sequence[Worker],
+        decode: Sequence[Worker],
+    ) -> Found:  # fmt: skip
+        columns = self._columns
+        if columns is None or not columns.is_of(prefill, decode):
+            columns = self._columns = Columns(prefill, decode, self._forecast)
+        else:
+            for worker in self._changed & self.forecasts.keys():
+                columns.write(worker, self.forecasts[worker])
+        self._changed.clear()
+        cached = columns.spread(self._held(view, shape))
+        return self._pricing.find(ask, columns, cached)
 
-    def _prefill(self, ask: _Asked, there: _There) -> Candidate:
-        ttft_s = there.queue_s + there.prefill_s
-        cost = self._hurt_behind(ask, there, ttft_s)
-        if there.forecast.decodes:
-            share = there.share_with_it(self._weights.share_window_s)
-            cost += _hurt_beside(ask, there, there.before_s / (1 - share))
-        numbers = (there.cached, there.queue_s, there.prefill_s, ttft_s, 0.0)
-        return Candidate(there.worker.id, Role.PREFILL, cost, numbers)
+    def _forecast(self, worker: WorkerId) -> Forecast:
+        return self.forecasts.setdefault(worker, Forecast())
 
-    def _decode(self, ask: _Asked, there: _There) -> Candidate:
-        blocks = (ask.tokens - there.cached) / there.worker.block_size_tokens
-        transfer_s = blocks * self._times.timing.transfer_block_s
-        tpot_s = there.with_it_s / (1 - there.share)
-        cost = _hurt_beside(ask, there, tpot_s) + _crowding(ask, there)
-        # Its client waits for the second token while the prompt's state moves.
-        tpot_s += transfer_s / ask.length_tokens
-        cost += (tpot_s / ask.tpot_slo_s) ** 2
-        numbers = (there.cached, 0.0, 0.0, transfer_s, tpot_s)
-        return Candidate(there.worker.id, Role.DECODE, cost, numbers)
+    def _change(self, worker: WorkerId) -> Forecast:
+        """A forecast that is about to change."""
+        self._changed.add(worker)
+        return self.forecasts[worker]
 
-    def _whole(self, ask: _Asked, there: _There) -> Candidate:
-        ttft_s = there.queue_s + there.prefill_s
-        share = there.share_with_it(self._weights.share_window_s)
-        tpot_s = there.with_it_s / (1 - share)
-        cost = self._hurt_behind(ask, there, ttft_s) + (tpot_s / ask.tpot_slo_s) ** 2
-        cost += _hurt_beside(ask, there, tpot_s) + _crowding(ask, there)
-        numbers = (there.cached, there.queue_s, there.prefill_s, ttft_s, tpot_s)
-        return Candidate(there.worker.id, Role.DECODE, cost, numbers)
-
-    def _hurt_behind(self, ask: _Asked, there: _There, ttft_s: float) -> float:
-        """What this prompt's wait and time are worth to itself and to those that come after it: as
-        many as wait now, and some."""
-        share = ttft_s / ask.ttft_slo_s
-        price = max(self._weights.floor, 2 * share)
-        later = self._weights.later + len(there.forecast.prefills)
-        return share * share + later * price * there.occupies_s / ask.ttft_slo_s
+    def _prune(self, view: View) -> None:
+        """Forget workers that are gone for good, now and then."""
+        if len(self.forecasts) <= 2 * view.pool.size + _GONE_KEPT:
+            return
+        for worker, forecast in list(self.forecasts.items()):
+            if view.pool.get(worker) is None and forecast.idle:
+                del self.forecasts[worker]
+                self._ahead.drop(worker)
 
     # What follows
 
-    def _least(self, candidates: list[Candidate]) -> Candidate:
-        least = min(each.cost for each in candidates)
-        best = [each for each in candidates if each.cost == least]
-        return best[self._tie_break(len(best)) if len(best) > 1 else 0]
+    def _least(
+        self, role: Role, columns: Columns, pool: slice, priced: Sequence[Column], kept: Shortlist
+    ) -> _Choice:
+        compared = np.array(priced)[:, pool]
+        costs: list[float] = compared[0].tolist()
+        least = min(costs)
+        best = [at for at, cost in enumerate(costs) if cost == least]
+        at = best[self._tie_break(len(best)) if len(best) > 1 else 0]
+        workers = columns.ids[pool]
+        kept.add(role, workers, at, compared)
+        return _Choice(pool.start + at, workers[at], least, compared[1:, at].tolist())
 
     def _count(
-        self, ask: _Asked, view: View, key: RequestKey, chosen: Candidate,
-        first: Candidate | None, computed_on: WorkerId | None,
+        self, ask: Asked, there: Found, key: RequestKey, shape: Shape, chosen: _Choice,
+        first: _Choice | None, computed: bool,
     ) -> None:  # fmt: skip
-        shape = ask.shape
         decoding = Part(chosen.worker, context_tokens=ask.context_tokens)
-        self.forecasts[chosen.worker].will_decode(decoding)
-        parts = [decoding] if first is None else [Part(first.worker), decoding]
-        if computed_on is not None:
-            worker = view.pool.get(computed_on)
-            assert worker is not None, "it was compared just now"
-            there, computing = self._look(ask, worker), parts[0]
-            computing.placed_s, computing.occupies_s = ask.now_s, there.occupies_s
-            computing.work_s, computing.base_s = there.work_s, there.base_s
+        self._change(chosen.worker).will_decode(decoding)
+        placed = [(decoding, chosen.at)]
+        if first is not None:
+            placed.insert(0, (Part(first.worker), first.at))
+        if computed:
+            computing, at = placed[0]
+            computing.placed_s, computing.occupies_s = ask.now_s, float(there.occupies_s[at])
+            computing.work_s, computing.base_s = float(there.work_s[at]), float(there.base_s[at])
+            computing.ttft_s = float(there.ttft_s[at])
             window_s = self._weights.share_window_s
-            there.forecast.add_prefill(ask.now_s, key, computing, window_s)
-            self._ahead.store(computed_on, shape.addresses)
-        for part in parts:
-            part.coming_tokens = ask.tokens - ask.held.get(part.worker, 0)
-            self.forecasts[part.worker].coming_tokens += part.coming_tokens
-        self._placed[key] = _Placed(shape.kind, tuple(shape.addresses), parts)
+            self._change(computing.worker).add_prefill(ask.now_s, key, computing, window_s)
+            self._ahead.store(computing.worker, shape.addresses)
+        else:
+            decoding.placed_s = ask.now_s
+        for part, at in placed:
+            part.coming_tokens = ask.tokens - int(there.cached[at])
+            self._change(part.worker).coming_tokens += part.coming_tokens
+        if first is not None or not computed:
+            block_tokens = float(there.columns.block_tokens[chosen.at])
+            decoding.fetched_blocks = decoding.coming_tokens / block_tokens
+        parts = [part for part, _ in placed]
+        most_tokens = shape.max_tokens or _LONG * ask.length_tokens
+        first_token_by_s = ask.now_s + _LATE_S + _LATE * parts[0].ttft_s
+        self._placed[key] = _Placed(
+            shape.kind, tuple(shape.addresses), parts, first_token_by_s,
+            first_token_by_s + _LATE * most_tokens * chosen.numbers[_TPOT],
+        )  # fmt: skip
 
 
-_COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "ttft_s", "tpot_s")
-_TTFT: Final = _COMPARED.index("ttft_s")
-_TPOT: Final = _COMPARED.index("tpot_s")
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One question, and what is the same for all workers."""
-
-    now_s: float
-    shape: Shape
-    held: dict[str, int]
-    length_tokens: float
-    context_tokens: float
-    ttft_slo_s: float
-    tpot_slo_s: float
-
-    @property
-    def tokens(self) -> int:
-        return self.shape.prompt_tokens + self.shape.output_tokens
-
-
-class _There(NamedTuple):
-    """One worker as the request finds it."""
-
-    worker: Worker
-    forecast: Forecast
-    cached: int
-    """Tokens of the prompt."""
-    queue_s: float
-    work_s: float
-    """What the profile says of the rest of the prompt's tokens."""
-    base_s: float
-    """What its steps take beside that."""
-    prefill_s: float
-    """Of the rest of the prompt, once its turn has come."""
-    occupies_s: float
-    """By how much it delays what comes after it: prompts share steps."""
-    before_s: float
-    """A decode step of all that are to decode there, without the request."""
-    with_it_s: float
-    """A decode step, with it."""
-    share: float
-    """Of the worker's time, what goes to prompts."""
-
-    def share_with_it(self, window_s: float) -> float:
-        """With this prompt's time."""
-        return min(LARGEST_SHARE, self.share + self.occupies_s / window_s)
-
-
-def _step_s(timing: SimulatedTiming, requests: int, context_tokens: float) -> float:
-    """Of decodes alone; `StepTimes.step_s` without making a StepWork for every worker."""
-    return (
-        timing.step_base_s
-        + requests * timing.decode_request_s
-        + context_tokens * timing.decode_context_token_s
-    )
-
-
-def _hurt_beside(ask: _Asked, there: _There, tpot_s: float) -> float:
-    """What all that decode there are hurt, if their tokens come so far apart with this one."""
-    before_s = there.before_s / (1 - there.share)
-    slo_s = ask.tpot_slo_s
-    return there.forecast.decodes * (tpot_s * tpot_s - before_s * before_s) / (slo_s * slo_s)
-
-
-def _crowding(ask: _Asked, there: _There) -> float:
-    """What it costs that a KV cache has no room: requests wait for others to end.
-
-    What is there is reported, so that what requests share counts once.
-    """
-    worker, forecast = there.worker, there.forecast
-    coming_tokens = forecast.coming_tokens + ask.tokens - there.cached
-    blocks = worker.load.kv_blocks_used + coming_tokens / worker.block_size_tokens
-    use = blocks / max(1, worker.kv_blocks_total)
-    return (forecast.decodes + 1) * max(0.0, use - _FULL) * _FULL_COST
+def _decision(
+    reason: Reason, shape: Shape, chosen: _Choice, first: _Choice | None, kept: Shortlist
+) -> Decision:
+    ttft_s = (first or chosen).numbers[_TTFT]
+    return Decision(
+        reason, shape.prompt_tokens, chosen.worker, first.worker if first else None, COMPARED,
+        kept, predicted=Predicted(None if shape.output_tokens else ttft_s, chosen.numbers[_TPOT]),
+        left_out=kept.left_out,
+    )  # fmt: skip

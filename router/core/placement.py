@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from heapq import nsmallest
+from operator import attrgetter
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from kvstore.index import KvIndex
 from protos.ids import RequestKey, WorkerId
+from router.core.candidates import KEPT, Candidate
 from router.core.events import Role, Shape
 from router.core.workers import Worker, WorkerPool
 
@@ -48,17 +51,6 @@ class Reason(StrEnum):
     """It has tokens already and goes on elsewhere."""
 
 
-class Candidate(NamedTuple):
-    """One worker in one part, and the numbers that were compared: least `cost` wins."""
-
-    worker: WorkerId
-    role: Role
-    """The part it would have: prefill, or decode (also of a whole request)."""
-    cost: float
-    numbers: tuple[float, ...]
-    """By `Decision.compared`."""
-
-
 class Predicted(NamedTuple):
     """What a decision expects of its request, from when it was made."""
 
@@ -79,10 +71,13 @@ class Decision:
     compared: tuple[str, ...]
     """Names of the candidates' numbers, each with its unit."""
     candidates: Sequence[Candidate]
+    """The best of them at least."""
     local_prefill_max_tokens: int | None = None
     """What the prompt's length was held against, if it was."""
     predicted: Predicted | None = None
     """By policies that predict times."""
+    left_out: int = 0
+    """How many more were compared; each costs no less than those of its part that are kept."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -102,6 +97,7 @@ class Decision:
                 }
                 for each in self.candidates
             ],
+            "candidates_left_out": self.left_out,
         }
 
 
@@ -133,6 +129,10 @@ class Placement(Protocol):
         """The prompt that was placed is computed; comes again when its second worker goes on."""
         ...
 
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """Its engine took a step and said what it is under now; the step's outputs come next."""
+        ...
+
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """The request is over, after so many tokens if it ended by itself; or it will be placed
         anew. Nothing of it is anywhere."""
@@ -144,6 +144,9 @@ class Uncounted:
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Nothing to count."""
+
+    def stepped(self, now_s: float, worker: Worker) -> None:
+        """Nothing to learn."""
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """Nothing to count."""
@@ -168,9 +171,10 @@ class LeastPredictedWork(Uncounted):
             return self._whole(view, shape, whole_because, decode)
         first, compared = self._least(prefill)
         second, compared_too = self._least(decode)
+        best = compared + compared_too
         return Decision(
-            Reason.LONG_PROMPT, shape.prompt_tokens, second, first, _COMPARED,
-            compared + compared_too, view.local_prefill_max_tokens,
+            Reason.LONG_PROMPT, shape.prompt_tokens, second, first, _COMPARED, best,
+            view.local_prefill_max_tokens, left_out=len(prefill) + len(decode) - len(best),
         )  # fmt: skip
 
     def _whole(
@@ -181,14 +185,18 @@ class LeastPredictedWork(Uncounted):
         worker, compared = self._least(workers)
         return Decision(
             reason, shape.prompt_tokens, worker, None, _COMPARED, compared,
-            view.local_prefill_max_tokens,
+            view.local_prefill_max_tokens, left_out=len(workers) - len(compared),
         )  # fmt: skip
 
     def _least(self, workers: Sequence[Worker]) -> tuple[WorkerId, list[Candidate]]:
         candidates = [_candidate(worker) for worker in workers]
         least = min(each.cost for each in candidates)
-        best = [each.worker for each in candidates if each.cost == least]
-        return best[self._tie_break(len(best)) if len(best) > 1 else 0], candidates
+        best = [each for each in candidates if each.cost == least]
+        chosen = best[self._tie_break(len(best)) if len(best) > 1 else 0]
+        kept = nsmallest(KEPT, candidates, key=attrgetter("cost"))
+        if chosen not in kept:  # Of many equals, chance chose another.
+            kept[-1] = chosen
+        return chosen.worker, kept
 
 
 _COMPARED: Final = ("prefill_tokens", "requests", "kv_use")
@@ -219,8 +227,3 @@ def never_split_because(view: View, shape: Shape, prefill_up: bool) -> Reason | 
     if shape.max_tokens == 1:
         return Reason.ONE_TOKEN
     return None
-
-
-POLICIES: Final[dict[str, Callable[[TieBreak], Placement]]] = {
-    "least_predicted_work": LeastPredictedWork,
-}

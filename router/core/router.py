@@ -63,6 +63,7 @@ class RouterCore:
         self.book = RecordBook(settings.kept_records)
         self.moves = Moves(settings, placement, self.pool)
         self.recovery = Recovery(self.moves)
+        self._placement = placement
         self._feeds: dict[WorkerId, IndexFeed] = {}
         self._outputs = OutputIntake(self.moves, self.recovery)
         self._started_s: float | None = None
@@ -264,6 +265,7 @@ class RouterCore:
             return
         if event.load is not None:
             worker.load = event.load
+            self._placement.stepped(now_s, worker)
         take = self._outputs.take
         for output in event.outputs:
             take(now_s, worker, output)

@@ -36,7 +36,7 @@ from typing import ClassVar, Final, NamedTuple
 
 from engine.latency_model import StepWork
 from protos.ids import RequestKey, WorkerId
-from router.core.placement import Candidate
+from router.core.candidates import Candidate
 from router.core.workers import Worker
 from simulator.baselines.policy import Ask, Choice, Part, PeerPolicy, least
 from simulator.baselines.sampling import Sampled

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from protos.ids import RequestKey
-from router.core.placement import Candidate
+from router.core.candidates import Candidate
 from router.core.workers import Worker
 from simulator.baselines.counting import LiveBlocks
 from simulator.baselines.policy import Ask, Choice, Part, PeerPolicy, least

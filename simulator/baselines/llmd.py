@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from engine.base import EngineLoad
-from router.core.placement import Candidate
+from router.core.candidates import Candidate
 from router.core.workers import Worker
 from simulator.baselines.policy import Ask, Choice, Part, PeerPolicy, least
 from simulator.baselines.sampling import Sampled

@@ -25,7 +25,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar, Final, NamedTuple
 
-from router.core.placement import Candidate
+from router.core.candidates import Candidate
 from router.core.workers import Worker
 from simulator.baselines.policy import Ask, Choice, Part, PeerPolicy, least
 from simulator.baselines.sampling import Sampled

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from engine.latency_model import StepWork
-from router.core.placement import Candidate
+from router.core.candidates import Candidate
 from router.core.workers import Worker
 from simulator.baselines.policy import Ask, Choice, Part, PeerPolicy
 from simulator.baselines.setup import Setup

@@ -15,8 +15,9 @@ from random import Random
 from typing import ClassVar, NamedTuple
 
 from protos.ids import RequestKey, WorkerId
+from router.core.candidates import Candidate
 from router.core.events import Role, Shape
-from router.core.placement import Candidate, Decision, Reason, View, never_split_because
+from router.core.placement import Decision, Reason, Uncounted, View, never_split_because
 from router.core.workers import Worker
 from simulator.baselines.counting import Counts
 from simulator.baselines.setup import Setup
@@ -72,7 +73,7 @@ def two_random(workers: Sequence[Worker], rng: Random) -> Sequence[Worker]:
     return rng.sample(workers, 2) if len(workers) > 1 else workers
 
 
-class PeerPolicy(ABC):
+class PeerPolicy(Uncounted, ABC):
     """A `Placement`: subclasses choose, this places and counts."""
 
     compared: ClassVar[tuple[str, ...]]

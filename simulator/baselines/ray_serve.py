@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Final
 
 from protos.ids import WorkerId
+from router.core.candidates import Candidate
 from router.core.events import Role
-from router.core.placement import Candidate
 from router.core.workers import Worker
 from simulator.baselines.policy import Ask, Choice, Part, PeerPolicy, least, two_random
 from simulator.baselines.sent_prefixes import SentPrefixes

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from router.core.candidates import Candidate
 from router.core.events import Role
-from router.core.placement import Candidate
 from router.core.workers import Worker
 from simulator.baselines.policy import Ask, Choice, Part, PeerPolicy, least, two_random
 from simulator.baselines.setup import Setup

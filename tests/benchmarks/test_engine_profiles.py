@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engine_profiles import ENGINES, report
-from simulator.profiles import PROFILES
+from engine.profiles import PROFILES
 
 
 def test_the_profiles_are_the_fit(shared: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.goodput import (
 )
 from benchmarks.workloads import WORKLOADS
 from engine.latency_model import StepTimes, StepWork
-from simulator.profiles import PROFILES
+from engine.profiles import PROFILES
 
 
 def cell(prefill: int = 0, policy: str = "random", share: float = 0.9, seed: int = 0) -> Cell:

@@ -193,7 +193,7 @@ def test_numbers() -> None:
 
 def write_recording(path: Path, *prompts: tuple[int, int]) -> None:
     """Of requests as they were answered, and as the file has them: prompt tokens."""
-    origin = Origin(SETTINGS, "least_predicted_work", 1)
+    origin = Origin(SETTINGS, None, 1)
     drive = Drive()
     drive.core = make_core(origin)
     drive.up("p")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.learned_times import FIRST_SPREAD, LARGEST_FACTOR, Factor
+from engine.learned_times import FIRST_SPREAD, LARGEST_FACTOR, LARGEST_VARIANCE, Factor
 
 
 def test_nothing_seen_is_the_profile_and_its_error() -> None:
@@ -30,6 +31,20 @@ def test_it_finds_the_factor_and_its_spread(true: float, seed: int) -> None:
         factor.observe(true * rng.lognormvariate(0, 0.3), 1.0)
     assert factor.value == pytest.approx(true, rel=0.35)
     assert factor.spread == pytest.approx(0.3, rel=0.6)
+
+
+def test_moments_are_those_of_what_was_seen() -> None:
+    rng = random.Random(1)
+    factor = Factor(observations=100, log_mean=math.log(3), log_variance=0.09)
+    seen = [3 * rng.lognormvariate(0, 0.3) for _ in range(200_000)]
+    assert factor.mean == pytest.approx(sum(seen) / len(seen), rel=0.01)
+    square = sum(each * each for each in seen) / len(seen)
+    assert factor.square_over_median * 9 == pytest.approx(square, rel=0.02)
+
+
+def test_a_boundless_spread_weighs_no_more_than_a_wide_one() -> None:
+    wide = Factor(log_variance=LARGEST_VARIANCE)
+    assert Factor(log_variance=9.0).square_over_median == wide.square_over_median
 
 
 def test_it_follows_a_change() -> None:

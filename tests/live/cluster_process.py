@@ -27,6 +27,8 @@ T = TypeVar("T")
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 15.0
 BATON = Path(sys.executable).parent / "baton"
+HANDED_OVER = {"policy": "least_predicted_work", "local_prefill_max_tokens": 0}
+"""For `router`: every request is, whatever its length."""
 
 
 @dataclass

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.live.cluster_process import BatonServe
+from tests.live.cluster_process import HANDED_OVER, BatonServe
 from tests.live.plain_server import plain_server
 
 CONFIG: dict[str, Any] = {
     # Every request is handed over, whatever its length.
-    "router": {"local_prefill_max_tokens": 0},
+    "router": HANDED_OVER,
     "model": {"tool_call_parser": "hermes"},
 }
 MODEL = "tiny"
@@ -52,7 +52,7 @@ def slow_pair() -> Iterator[BatonServe]:
         {
             "engine": "simulated",
             "decode": {"replicas": 2},
-            "router": {"local_prefill_max_tokens": 0},
+            "router": HANDED_OVER,
             "simulated": {"step_base_s": 0.05},
         }
     )

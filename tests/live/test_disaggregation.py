@@ -75,7 +75,8 @@ def test_what_decode_holds_already_is_not_moved_again(cluster: BatonServe, clien
 
 
 def test_short_prompts_stay_on_one_worker_where_configured(tiny_model: object) -> None:
-    serve = BatonServe.start({"engine": "simulated", "router": {"local_prefill_max_tokens": 40}})
+    router = {"policy": "least_predicted_work", "local_prefill_max_tokens": 40}
+    serve = BatonServe.start({"engine": "simulated", "router": router})
     try:
         serve.until_healthy()
         client = OpenAI(base_url=f"{serve.url}/v1", api_key="none", max_retries=0)

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.live.cluster_process import BatonServe
+from tests.live.cluster_process import HANDED_OVER, BatonServe
 from tests.live.streams import Stream, api_client, random_prompt, running, story, until
 from tests.live.test_ends import is_alive, until_idle, until_replaced, used, workers_of
 
@@ -31,7 +31,7 @@ LONG_TOKENS = 2500
 @pytest.fixture(scope="module")
 def trio(tiny_model: object) -> Iterator[BatonServe]:
     """One prefill and two decode workers, real vLLM; every request is handed over."""
-    serve = BatonServe.start({"decode": {"replicas": 2}, "router": {"local_prefill_max_tokens": 0}})
+    serve = BatonServe.start({"decode": {"replicas": 2}, "router": HANDED_OVER})
     try:
         print(f"\nhealthy after {serve.until_healthy():.1f} s")
         yield serve

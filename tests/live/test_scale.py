@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.live.cluster_process import BatonServe
+from tests.live.cluster_process import HANDED_OVER, BatonServe
 from tests.live.streams import Stream, api_client, running, story
 
 STREAMS = 200
@@ -43,7 +43,7 @@ def sized(request: pytest.FixtureRequest) -> Iterator[tuple[str, BatonServe]]:
         "engine": "simulated",
         "prefill": {"replicas": prefill},
         "decode": {"replicas": decode},
-        "router": {"local_prefill_max_tokens": 0},
+        "router": HANDED_OVER,
     }
     serve = BatonServe.start(config)
     try:

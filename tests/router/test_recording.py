@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from engine.spec import SimulatedTiming
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos.anchor_link import LENGTH
-from protos.errors import BatonError
 from protos.ids import Incarnation, WorkerId
 from router.core.events import (
     AskCache,
@@ -31,13 +31,18 @@ from router.live_core import Origin, make_core
 from router.recorder import Recorder
 from router.recording import Entry, Recording, RecordingError
 from router.replay import replay
+from router.settings import JointSettings
 from tests.router.core.driving import SETTINGS, TICKET, Drive, demand, key
 from tests.router.core.test_histories import walk
 from tests.router.running_router import Unit
 
+JOINT = JointSettings(
+    ttft_slo_s=1.0, tpot_slo_s=0.05, timing=SimulatedTiming(), max_step_tokens=2048
+)
 
-def seeded(tie_break_seed: int) -> Origin:
-    return Origin(SETTINGS, "least_predicted_work", tie_break_seed)
+
+def seeded(tie_break_seed: int, joint: JointSettings | None = None) -> Origin:
+    return Origin(SETTINGS, joint, tie_break_seed)
 
 
 ORIGIN = seeded(5)
@@ -75,14 +80,17 @@ def short_run(path: Path) -> list[Entry]:
     return list(Recording(path))
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_histories_replay_to_the_same_commands(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("joint", [None, JOINT])
+@pytest.mark.parametrize("seed", range(8))
+def test_histories_replay_to_the_same_commands(
+    tmp_path: Path, seed: int, joint: JointSettings | None
+) -> None:
     """Each restart of the router begins another recording."""
     recorders: list[Recorder] = []
 
     def make_drive() -> Drive:
         path = tmp_path / str(len(recorders))
-        origin = seeded(len(recorders))
+        origin = seeded(len(recorders), joint)
         recorders.append(Recorder(path, "r", origin))
         return Recorded(recorders[-1], origin)
 
@@ -250,21 +258,18 @@ def test_an_event_that_is_not_understood(tmp_path: Path, content: bytes, problem
         replay(Recording(tmp_path / "events"))
 
 
-def test_a_policy_that_is_gone(tmp_path: Path) -> None:
-    record(tmp_path / "events", [], Origin(SETTINGS, "coin_flip", 0))
-    with pytest.raises(BatonError, match="no placement policy coin_flip, only least_predicted"):
-        replay(Recording(tmp_path / "events"))
-
-
 # A router process
 
 
-async def test_a_router_process_records_what_replays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("joint", [None, JOINT])
+async def test_a_router_process_records_what_replays(
+    tmp_path: Path, joint: JointSettings | None
+) -> None:
     """With hand-offs, aborts, a lost worker, and a router that is killed and starts anew."""
     directory = tmp_path / "recorded"
     directory.mkdir()
     (tmp_path / "unit").mkdir()
-    unit = Unit(tmp_path / "unit", local_prefill_max_tokens=20, record_events=directory)
+    unit = Unit(tmp_path / "unit", 20, record_events=directory, joint=joint)
     try:
         await unit.start("p0", "p1", "d0", "d1")
         requests = [unit.request(length, max_tokens=200) for length in (1, 10, 40, 100, 300, 70)]

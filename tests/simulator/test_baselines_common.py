@@ -16,8 +16,9 @@ from kvstore.index import KvIndex
 from protos.enginecore import ENGINE_TAG
 from protos.errors import ConfigError
 from protos.ids import Incarnation, RequestKey, WorkerId
+from router.core.candidates import Candidate
 from router.core.events import Role, Shape, WorkerUp
-from router.core.placement import Candidate, Decision, Reason, View
+from router.core.placement import Decision, Reason, View
 from router.core.workers import WorkerPool
 from simulator.baselines import BASELINES, Setup
 from simulator.baselines.policy import PeerPolicy

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.latency_model import StepTimes
+from engine.profiles import PROFILES
 from engine.simulated.scheduler import Scheduler
+from router.core.costs import Slo
 from router.core.events import End, Ended
-from router.core.joint import Slo
 from router.core.placement import Placement
 from simulator import workloads
 from simulator.baselines import BASELINES, Setup
 from simulator.cluster import Cluster, Layout
 from simulator.experiment import POLICIES, run
-from simulator.profiles import PROFILES
 from simulator.traces import TracedRequest
 
 PROFILE = PROFILES["llama-3.1-8b-h100"]

@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 
 from engine.base import EngineLoad
 from engine.latency_model import StepTimes
+from engine.learned_times import FIRST_SPREAD
 from engine.spec import SimulatedTiming
 from kvstore.index import KvIndex
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Incarnation, RequestKey, WorkerId
+from router.core.columns import Columns
+from router.core.costs import Slo
 from router.core.events import Role, Shape, WorkerUp
 from router.core.forecast import LARGEST_SHARE, Forecast, Part
-from router.core.joint import JointPlacement, Slo
+from router.core.joint import JointPlacement
 from router.core.placement import Decision, Reason, View
-from router.core.workers import WorkerPool
+from router.core.workers import Worker, WorkerPool
 
 BLOCK_TOKENS = 128
 TIMING = SimulatedTiming(
@@ -53,7 +56,8 @@ class Bench:
 
     def place(self, tokens: int = 1280, prefix: int = 0, **more: object) -> Decision:
         self._made += 1
-        shape = Shape(tokens, None, addresses=addresses(prefix, tokens), **more)  # type: ignore[arg-type]
+        values = {"max_tokens": None, "addresses": addresses(prefix, tokens)} | more
+        shape = Shape(tokens, **values)  # type: ignore[arg-type]
         decision = self.policy.place(self.now_s, self.view, self.key(self._made), shape)
         assert decision is not None
         return decision
@@ -75,6 +79,13 @@ def addresses(prefix: int, tokens: int) -> list[bytes]:
 def predicted(decision: Decision, worker: str, role: Role = Role.DECODE) -> dict[str, float]:
     (found,) = [each for each in decision.candidates if (each.worker, each.role) == (worker, role)]
     return dict(zip(decision.compared, found.numbers, strict=True))
+
+
+def predicted_part(decision: Decision, name: str) -> float:
+    """A number that only one of the parts compared has."""
+    at = decision.compared.index(name)
+    (found,) = [each.numbers[at] for each in decision.candidates if each.numbers[at]]
+    return found
 
 
 def test_an_idle_worker_is_predicted_by_the_profile() -> None:
@@ -295,12 +306,34 @@ def test_all_that_is_counted_goes_when_all_have_ended(
 
 
 def test_a_share_decays_over_its_window() -> None:
-    forecast = Forecast()
+    bench, forecast = Bench("d1"), Forecast()
+    workers = bench.pool.usable(Role.DECODE)
+    columns = Columns((), workers, lambda _: forecast)
     forecast.add_prefill(0.0, RequestKey("0:a"), part(5.0), 10.0)
-    assert forecast.prefill_share(0.0, 10.0) == pytest.approx(0.5)
-    assert forecast.prefill_share(10.0, 10.0) == pytest.approx(0.5 / math.e)
+    columns.write(WorkerId("d1"), forecast)
+    assert columns.prefill_share(0.0, 10.0) == pytest.approx([0.5])
+    assert columns.prefill_share(10.0, 10.0) == pytest.approx([0.5 / math.e])
     forecast.add_prefill(10.0, RequestKey("0:b"), part(99.0), 10.0)
-    assert forecast.prefill_share(10.0, 10.0) == LARGEST_SHARE
+    columns.write(WorkerId("d1"), forecast)
+    assert columns.prefill_share(10.0, 10.0) == pytest.approx([LARGEST_SHARE])
+    assert columns.queue_s(10.0) == pytest.approx([forecast.queue_s(10.0)])
+
+
+def test_the_best_few_and_the_chosen_are_kept_of_many() -> None:
+    names = [f"d{number:03}" for number in range(300)]
+    bench = Bench(*names, tie=299)
+    for name in names[:10]:
+        worker = bench.pool.get(WorkerId(name))
+        assert worker is not None
+        worker.load = EngineLoad(kv_blocks_used=3000, kv_blocks_total=3000)
+    decision = bench.place(prefix=1)  # 290 equals, of which the generator takes the tenth.
+    assert decision.worker == "d019"
+    kept = list(decision.candidates)
+    assert (len(kept), len(decision.candidates), decision.left_out) == (16, 16, 284)
+    assert {each.worker for each in kept} == {*names[10:26]}
+    assert len({each.cost for each in kept}) == 1
+    other = Bench(*names, tie=290).place(prefix=1)
+    assert other.candidates[-1].worker == other.worker == "d290"
 
 
 def part(occupies_s: float) -> Part:
@@ -351,7 +384,111 @@ def test_the_learned_factor_is_that_of_the_engine(true: float, at_once: int) -> 
     bench.now_s += 1.0
     bench.first_token(at_once + 1)
     # Bases are predicted as they were when each was placed, with what was to decode there.
-    assert bench.policy.prefill_factor.value == pytest.approx(true, rel=0.15)
+    assert bench.policy.learned.prefill.value == pytest.approx(true, rel=0.15)
+
+
+def decoding(bench: Bench, tokens: int = 1280) -> Worker:
+    """A worker that decodes one request, and nothing waits there."""
+    bench.place(tokens=tokens)
+    bench.now_s += 0.1
+    bench.first_token(1)
+    (worker,) = bench.pool
+    return worker
+
+
+def test_steps_that_only_decode_tell_how_long_those_take() -> None:
+    bench = Bench("d1")
+    worker = decoding(bench)
+    before_s = predicted(bench.place(tokens=128, prefix=1), "d1")["tpot_s"]
+    bench.ended(2, None)
+    step_s = 0.006 + 13e-6 + (1280 + 128) * 43e-9
+    worker.load = EngineLoad(running=1, step_time_s=3 * step_s)
+    bench.policy.stepped(bench.now_s, worker)
+    assert bench.policy.learned.step.value == pytest.approx(3)
+    bench.now_s += 50  # Prompts' share of the time is past.
+    after_s = predicted(bench.place(tokens=128, prefix=1), "d1")["tpot_s"]
+    assert after_s == pytest.approx(3 * before_s, rel=0.01)
+
+
+def test_steps_beside_prompts_tell_nothing() -> None:
+    bench = Bench("d1")
+    worker = decoding(bench)
+    bench.place(tokens=12_800, prefix=1)
+    worker.load = EngineLoad(running=2, step_time_s=0.4)
+    bench.policy.stepped(bench.now_s, worker)
+    assert bench.policy.learned.step.observations == 0
+
+
+def test_other_routers_requests_are_taken_to_be_like_its_own() -> None:
+    bench = Bench("d1")
+    worker = decoding(bench)
+    ten_s = 0.006 + 10 * (13e-6 + (1280 + 128) * 43e-9)
+    worker.load = EngineLoad(running=10, step_time_s=ten_s)
+    bench.policy.stepped(bench.now_s, worker)
+    assert bench.policy.learned.step.value == pytest.approx(1)
+
+
+def test_hand_offs_tell_how_long_transfers_take() -> None:
+    bench = Bench("p1", "d1", slo=Slo(ttft_s=2.0, tpot_s=0.02))
+    decision = bench.place(tokens=12_800)
+    assert decision.prefill == "p1"
+    step_s = 0.006 + 13e-6 + (12_800 + 128) * 43e-9
+    assert predicted_part(decision, "transfer_s") == pytest.approx(
+        (100 * 0.4e-3 + 0.006 / 2) * math.exp(FIRST_SPREAD**2 / 2)
+    )
+    bench.now_s += 1.0
+    bench.first_token(1)
+    bench.now_s += 2 * (100 * 0.4e-3 + step_s / 2) + step_s
+    bench.first_token(1)
+    assert bench.policy.learned.transfer.value == pytest.approx(2)
+
+
+def test_first_tokens_that_are_hard_to_tell_cost_more() -> None:
+    def cost(spread: float) -> float:
+        bench = Bench("d1")
+        bench.policy.learned.first_token.log_variance = spread**2
+        return bench.place(tokens=12_800).candidates[0].cost
+
+    assert cost(0.5) > cost(0.1)
+
+
+def test_what_must_be_over_is_taken_off() -> None:
+    """Three requests of which nothing is heard: one computed, one not, one split."""
+    bench = Bench("p1", "d1", slo=Slo(ttft_s=2.0, tpot_s=0.02))
+    bench.place(tokens=128, prefix=1, max_tokens=2000)
+    bench.first_token(1)
+    bench.place(tokens=128, prefix=2, max_tokens=2000, prompt_logprobs=True)
+    assert bench.place(tokens=25_600, prefix=3, max_tokens=2000).prefill == "p1"
+    assert sum(len(each.prefills) for each in bench.policy.forecasts.values()) == 2
+    bench.now_s += 70
+    for number in range(4, 7):  # Each question looks at two.
+        bench.place(tokens=128, prefix=9, max_tokens=1)
+        bench.ended(number, None)
+    assert not any(each.prefills for each in bench.policy.forecasts.values())
+    assert bench.policy.forecasts[WorkerId("d1")].decodes == 3
+    bench.now_s += 60
+    for number in range(7, 10):
+        bench.place(tokens=128, prefix=9, max_tokens=1)
+        bench.ended(number, None)
+    assert all(each.idle for each in bench.policy.forecasts.values())
+    assert bench.policy.forecasts[WorkerId("p1")].coming_tokens == 0
+
+
+def test_what_is_late_yet_comes_goes_on() -> None:
+    bench = Bench("p1", "d1", slo=Slo(ttft_s=2.0, tpot_s=0.02))
+    bench.place(tokens=25_600, max_tokens=10_000)
+    bench.now_s += 100
+    for number in range(2, 4):
+        bench.place(tokens=128, prefix=9, max_tokens=1)
+        bench.ended(number, None)
+    assert not bench.policy.forecasts[WorkerId("p1")].prefills
+    bench.first_token(1)
+    bench.first_token(1)
+    decode = bench.policy.forecasts[WorkerId("d1")]
+    assert (decode.running, decode.decodes, decode.coming_tokens) == (1, 1, 0)
+    assert bench.policy.forecasts[WorkerId("p1")].coming_tokens == 0
+    bench.ended(1)
+    assert all(each.idle for each in bench.policy.forecasts.values())
 
 
 def test_workers_that_are_gone_are_forgotten() -> None:

@@ -1,4 +1,4 @@
-"""Engines on GPUs, as the engine model's costs: what a simulated cluster is made of.
+"""Engines on GPUs, as the engine model's costs: for simulated clusters, and for first predictions.
 
 Costs are least-squares fits, relative, of `engine.latency_model` to summed kernel times on H100 SXM
 (SHARED/perf/h100_sxm_step_times_derived.csv; `python -m benchmarks.engine_profiles` makes them

@@ -1,0 +1,94 @@
+"""How long the engines should take: what the router's predictions start from.
+
+What is configured goes first: a built-in profile by its name, or a file of one's own. Else
+simulated engines take the times that they are told, and of others the model's and the device's
+constants tell (`engine.roofline`). The router corrects all of it by what the engines do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from cluster.config import Config
+from cluster.engine_defaults import is_cpu_install
+from engine.profiles import PROFILES
+from engine.roofline import CPU, H100, ModelSize, roofline
+from engine.spec import Role, SimulatedTiming
+from protos.errors import ConfigError, nearest
+
+_STEP_TOKENS: Final = 8192
+"""Both engines' default; vLLM's on large GPUs."""
+_BLOCK_TOKENS: Final = 16
+_CPU_BLOCK_TOKENS: Final = 128
+_FILES: Final = (".yaml", ".yml", ".json")
+_LIKE_ANY: Final = "llama-3.1-8b-h100"
+"""Where a model's constants say too little."""
+
+
+def configured(config: Config) -> SimulatedTiming | None:
+    """What the configuration says of it. Raises ConfigError for a profile that is none."""
+    name = config.router.engine_profile
+    if name is not None:
+        profile = PROFILES.get(name)
+        return _read(name) if profile is None else profile.timing(_block_tokens(config))
+    return config.simulated.timing() if config.engine == "simulated" else None
+
+
+def timing(config: Config, model: Path) -> SimulatedTiming:
+    """As configured, or else by the constants of the model, whose directory this is."""
+    if (known := configured(config)) is not None:
+        return known
+    size = ModelSize.read(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    if size is None:
+        return PROFILES[_LIKE_ANY].timing(_block_tokens(config))
+    devices = int(config.engine_args_of("decode").get("tensor_parallel_size", 1))
+    return roofline(size, CPU if is_cpu_install() else H100, devices, _block_tokens(config))
+
+
+def max_step_tokens(config: Config) -> int:
+    """What an engine computes in one step at most, where prompts are computed."""
+    role: Role = "prefill" if config.prefill.replicas else "decode"
+    return int(config.engine_args_of(role).get("max_num_batched_tokens", _STEP_TOKENS))
+
+
+def _block_tokens(config: Config) -> int:
+    on_cpu = config.engine == "vllm" and is_cpu_install()
+    default = _CPU_BLOCK_TOKENS if on_cpu else _BLOCK_TOKENS
+    return int(config.engine_args_of("decode").get("block_size", default))
+
+
+def _read(name: str) -> SimulatedTiming:
+    path = Path(name).expanduser()
+    if path.suffix not in _FILES and "/" not in name and not path.exists():
+        raise ConfigError(
+            f"router.engine_profile: there is no profile {name!r}; did you mean "
+            f"{nearest(name, PROFILES)!r}? There are {', '.join(PROFILES)}; or name a YAML file."
+        )
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"router.engine_profile: {path} can't be read: {reason}") from None
+    keys = [each.name for each in fields(SimulatedTiming)]
+    if not isinstance(values, dict) or sorted(values) != sorted(keys):
+        raise ConfigError(f"router.engine_profile: {path} must hold {', '.join(keys)}.")
+    return SimulatedTiming(**{key: _seconds(path, key, values[key]) for key in keys})
+
+
+def _seconds(path: Path, key: str, value: object) -> float:
+    # YAML takes 2e-05 for a text, as it has no point.
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ConfigError(
+            f"router.engine_profile: {key} in {path} must be seconds, 0 or more, not {value!r}."
+        )
+    return seconds

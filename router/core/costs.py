@@ -1,0 +1,211 @@
+"""What a request costs on each worker: to itself, to those beside it and to those behind it.
+
+A latency that is the share x of its SLO costs x squared, of which the expectation is taken: a time
+that is spread wide costs more than its median says (`engine.learned_times`).
+
+Pure; all workers at once, in columns. docs/adr/0007 tells how costs came to be squared shares of
+the SLOs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, TypeVar
+
+import numpy as np
+
+from engine.latency_model import StepTimes
+from engine.learned_times import LearnedTimes
+from router.core.candidates import Column
+from router.core.columns import Columns
+from router.core.forecast import LARGEST_SHARE
+
+Amount = TypeVar("Amount", float, Column)
+
+COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s")
+_FULL: Final = 0.9
+"""Of a KV cache: beyond that, requests wait for others to end."""
+_FULL_COST: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What clients were promised, where a request does not say."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the parts of a cost weigh: docs/adr/0007 tells how they were found."""
+
+    later: float = 20.0
+    """Prompts that will come after this one and lose its time, beyond as many as wait now."""
+    floor: float = 0.02
+    """What a prompt's time costs at least, where nothing waits: so caches are used."""
+    share_window_s: float = 10.0
+    """Over how long the share of its time that a worker spends on prompts is averaged."""
+
+
+WEIGHTS: Final = Weights()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question: what is the same for all workers."""
+
+    now_s: float
+    tokens: int
+    """To be computed or cached: the prompt, and what is generated already."""
+    length_tokens: float
+    """Expected to come."""
+    context_tokens: float
+    """What the request adds to decode steps, on average over its life."""
+    slo: Slo
+
+
+class Found(NamedTuple):
+    """All workers as the request finds them."""
+
+    columns: Columns
+    cached: Column
+    """Tokens of the prompt."""
+    queue_s: Column
+    work_s: Column
+    """What the profile says of the rest of the prompt's tokens."""
+    base_s: Column
+    """What its steps take beside that."""
+    prefill_s: Column
+    """Of the rest of the prompt, once its turn has come."""
+    occupies_s: Column
+    """By how much it delays what comes after it: prompts share steps."""
+    before_s: Column
+    """A decode step of all that are to decode there, without the request."""
+    left: Column
+    """Of the worker's time, what prompts leave."""
+    left_with_it: Column
+    """With this prompt's time."""
+    tpot_before_s: Column
+    ttft_s: Column
+    """If its prompt is computed there."""
+    crowding: Column
+
+
+class Pricing:
+    """Predicts times and weighs them. Parts are priced as columns: costs, then `COMPARED`."""
+
+    def __init__(
+        self, times: StepTimes, max_step_tokens: int, weights: Weights, learned: LearnedTimes
+    ) -> None:
+        self._timing = times.timing
+        self._learned = learned
+        self._max_step_tokens = max_step_tokens
+        self._weights = weights
+
+    def step_s(self, requests: Amount, context_tokens: Amount) -> Amount:
+        """A step that only decodes."""
+        return self._learned.step.value * self.profiled_step_s(requests, context_tokens)
+
+    def profiled_step_s(self, requests: Amount, context_tokens: Amount) -> Amount:
+        """As the profile says: `StepTimes.step_s` of many workers."""
+        timing = self._timing
+        return (
+            timing.step_base_s
+            + requests * timing.decode_request_s
+            + context_tokens * timing.decode_context_token_s
+        )
+
+    def profiled_transfer_s(self, blocks: Amount, step_s: Amount) -> Amount:
+        """From a hand-off until the request is in a step: it waits for its blocks, then for the end
+        of a step that is under way, half of one on average."""
+        return blocks * self._timing.transfer_block_s + step_s / 2
+
+    def find(self, ask: Asked, columns: Columns, cached: Column) -> Found:
+        """What is predicted for the request on each worker."""
+        timing, window_s = self._timing, self._weights.share_window_s
+        tokens = ask.tokens - cached
+        before_s = self.step_s(columns.decodes, columns.context_tokens)
+        running_s = self.step_s(columns.running, columns.running_context_tokens)
+        # In chunks, each beside what decodes there by now.
+        steps = tokens / np.maximum(1.0, self._max_step_tokens - columns.running)
+        work_s = tokens * (timing.prefill_token_s + (cached + tokens / 2) * timing.prefill_pair_s)
+        takes_s = self._learned.prefill.value * work_s
+        base_s = np.ceil(steps) * running_s
+        prefill_s, occupies_s = takes_s + base_s, takes_s + steps * running_s
+        queue_s, share = columns.queue_s(ask.now_s), columns.prefill_share(ask.now_s, window_s)
+        left = 1 - share
+        left_with_it = 1 - np.minimum(LARGEST_SHARE, share + occupies_s / window_s)
+        return Found(
+            columns, cached, queue_s, work_s, base_s, prefill_s, occupies_s, before_s, left,
+            left_with_it, before_s / left, queue_s + prefill_s, _crowding(ask, columns, cached),
+        )  # fmt: skip
+
+    def prefill(self, ask: Asked, there: Found) -> Sequence[Column]:
+        """Its prompt alone."""
+        tpot_s = there.before_s / there.left_with_it
+        cost = self._behind(ask, there) + self._beside(ask, there, tpot_s)
+        none = there.columns.none
+        return cost, there.cached, there.queue_s, there.prefill_s, none, there.ttft_s, none
+
+    def decode(self, ask: Asked, there: Found) -> Sequence[Column]:
+        """What comes after a prompt that another worker computes."""
+        blocks = (ask.tokens - there.cached) / there.columns.block_tokens
+        transfer_s = self._learned.transfer.mean * self.profiled_transfer_s(blocks, there.before_s)
+        tpot_s = self._with_it_s(ask, there) / there.left
+        cost = self._beside(ask, there, tpot_s) + there.crowding
+        # Its client waits for the second token while the prompt's state moves.
+        tpot_s = tpot_s + transfer_s / ask.length_tokens
+        cost += self._own(ask, tpot_s)
+        none = there.columns.none
+        return cost, there.cached, none, none, transfer_s, none, tpot_s
+
+    def whole(self, ask: Asked, there: Found) -> Sequence[Column]:
+        """Both."""
+        tpot_s = self._with_it_s(ask, there) / there.left_with_it
+        cost = self._behind(ask, there) + self._own(ask, tpot_s)
+        cost += self._beside(ask, there, tpot_s) + there.crowding
+        none = there.columns.none
+        return cost, there.cached, there.queue_s, there.prefill_s, none, there.ttft_s, tpot_s
+
+    def _with_it_s(self, ask: Asked, there: Found) -> Column:
+        """A decode step of all that are to decode there and the request."""
+        timing = self._timing
+        added_s = timing.decode_request_s + ask.context_tokens * timing.decode_context_token_s
+        return there.before_s + self._learned.step.value * added_s
+
+    def _behind(self, ask: Asked, there: Found) -> Column:
+        """What this prompt's wait and time are worth to itself and to those that come after it: as
+        many as wait now, and some."""
+        slo_s, dearer = ask.slo.ttft_s, self._learned.first_token.square_over_median
+        share = there.ttft_s / slo_s
+        price = np.maximum(self._weights.floor, 2 * dearer * share)
+        later = self._weights.later + there.columns.waiting
+        cost: Column = dearer * share * share + later * price * there.occupies_s / slo_s
+        return cost
+
+    def _beside(self, ask: Asked, there: Found, tpot_s: Column) -> Column:
+        """What all that decode there are hurt, if their tokens come so far apart with this one."""
+        before_s = there.tpot_before_s
+        more = (tpot_s * tpot_s - before_s * before_s) / ask.slo.tpot_s**2
+        cost: Column = self._learned.step.square_over_median * there.columns.decodes * more
+        return cost
+
+    def _own(self, ask: Asked, tpot_s: Column) -> Column:
+        """What its own tokens' distance is worth to it."""
+        share = tpot_s / ask.slo.tpot_s
+        cost: Column = self._learned.step.square_over_median * share * share
+        return cost
+
+
+def _crowding(ask: Asked, columns: Columns, cached: Column) -> Column:
+    """What it costs that a KV cache has no room: requests wait for others to end.
+
+    What is there is reported, so that what requests share counts once.
+    """
+    coming_tokens = columns.coming_tokens + ask.tokens - cached
+    blocks = columns.kv_blocks_used() + coming_tokens / columns.block_tokens
+    over = np.maximum(0.0, blocks / columns.kv_blocks - _FULL)
+    cost: Column = (columns.decodes + 1) * over * _FULL_COST
+    return cost

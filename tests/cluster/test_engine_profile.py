@@ -1,0 +1,94 @@
+"""Where the router's predictions start from, and what is said of a profile that is none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import engine_profile
+from cluster.config import Config
+from engine.profiles import PROFILES
+from engine.spec import SimulatedTiming
+from protos.errors import ConfigError
+
+MINE = SimulatedTiming(step_base_s=0.5, prefill_pair_s=1e-9)
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 2048,
+}
+
+
+def timing(tmp_path: Path, model: dict[str, Any] = SMALL, **values: Any) -> SimulatedTiming:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    return engine_profile.timing(Config.model_validate(values), tmp_path)
+
+
+def test_simulated_engines_times_are_known(tmp_path: Path) -> None:
+    found = timing(tmp_path, engine="simulated", simulated={"step_base_s": 0.05})
+    assert found == SimulatedTiming(step_base_s=0.05)
+
+
+def test_a_built_in_profile_goes_before(tmp_path: Path) -> None:
+    router = {"engine_profile": "llama-3.1-8b-h100"}
+    found = timing(tmp_path, engine="simulated", router=router, engine_args={"block_size": 64})
+    assert found == PROFILES["llama-3.1-8b-h100"].timing(64)
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "mine.json"])
+def test_a_file_of_ones_own(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(asdict(MINE)))
+    assert timing(tmp_path, router={"engine_profile": str(tmp_path / name)}) == MINE
+
+
+def test_else_the_models_constants_tell(tmp_path: Path) -> None:
+    small = timing(tmp_path)
+    large = timing(tmp_path, model={**SMALL, "num_hidden_layers": 20})
+    assert large.prefill_token_s > small.prefill_token_s > 0
+
+
+def test_a_model_of_another_kind_is_taken_to_be_like_any(tmp_path: Path) -> None:
+    found = timing(tmp_path, model={"num_experts_per_tok": 8}, engine_args={"block_size": 16})
+    assert found == PROFILES["llama-3.1-8b-h100"].timing(16)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "can't be read"),
+        ("step_base_s: [", "can't be read"),
+        ("step_base_s: 0.1", "must hold step_base_s, prefill_token_s"),
+        (json.dumps({**asdict(MINE), "more": 1}), "must hold step_base_s"),
+        (json.dumps({**asdict(MINE), "step_base_s": "slow"}), "must be seconds, 0 or more"),
+        (json.dumps({**asdict(MINE), "step_base_s": -1}), "must be seconds, 0 or more"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        timing(tmp_path, router={"engine_profile": str(path)})
+
+
+def test_the_nearest_name_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'llama-3\.1-8b-h100'"):
+        timing(tmp_path, router={"engine_profile": "llama-3-8b-h100"})
+
+
+def test_prompts_are_computed_in_steps_of_the_prefill_pools_size() -> None:
+    def step_tokens(**values: Any) -> int:
+        return engine_profile.max_step_tokens(Config.model_validate(values))
+
+    pools: dict[str, Any] = {
+        "prefill": {"replicas": 1, "engine_args": {"max_num_batched_tokens": 4096}},
+        "decode": {"engine_args": {"max_num_batched_tokens": 512}},
+    }
+    assert step_tokens(**pools) == 4096
+    assert step_tokens(**{**pools, "prefill": {"replicas": 0}}) == 512
