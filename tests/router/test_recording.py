@@ -113,7 +113,7 @@ def test_what_caches_hold_is_recorded_too(tmp_path: Path) -> None:
         for report in (
             CacheSnapshot(7, [b"one", b"two"]),
             CacheChange(8, removed=[b"one"], stored=[b"three"]),
-            CacheChange(10, cleared=True),
+            CacheChange(10),
         ):
             drive.feed(CacheReported(worker, incarnation, report))
     *_, snapshot, change, gap = Recording(path)
