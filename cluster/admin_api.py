@@ -22,7 +22,7 @@ from cluster.pools import Slot
 from cluster.state import ClusterState, Unit
 from engine.spec import Role
 from protos.ids import WorkerId
-from router.settings import UnitPaths
+from router.settings import KEPT_RECORDS, UnitPaths
 
 _ROUTER_LIMIT_S: Final = 2.0
 ROLES: Final[tuple[Role, ...]] = ("prefill", "decode")
@@ -113,9 +113,12 @@ class AdminApi:
         for answer in await self._ask_routers(f"/requests/{quote(request_id, safe='')}"):
             if answer is not None:
                 return web.json_response(answer)
-        return _error(
-            404, f"no router knows a request {request_id}; only the latest ones are kept", "id"
+        message = (
+            f"no router knows a request {request_id}: name the X-Request-Id of a response, or its "
+            f"id, such as cmpl-… or chatcmpl-…; each router keeps the latest {KEPT_RECORDS:,} "
+            "until it restarts."
         )
+        return _error(404, message, "id")
 
     async def _ask_routers(self, path: str) -> list[Any]:
         """Each router's answer; None of one that does not know or is away."""

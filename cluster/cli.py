@@ -75,19 +75,44 @@ def status(url: Url = _DEFAULT_URL) -> None:
 
 @app.command()
 def explain(
-    request_id: Annotated[str, typer.Argument(metavar="ID", help="X-Request-Id of the answer.")],
+    request_id: Annotated[
+        str,
+        typer.Argument(metavar="ID", help="X-Request-Id of the answer, or its id: cmpl-…"),
+    ],
     url: Url = _DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Show what was decided for a request, and why."""
+    """Show what was decided for a request, why, and what came of it."""
 
     def work() -> None:
         from rich.console import Console
 
-        from cluster.status import explain as run
+        from cluster.explain import explain as run
 
-        run(url, request_id, Console(highlight=False, soft_wrap=True))
+        # Wide enough for its tables where there is no terminal to fit them into.
+        width = None if sys.stdout.isatty() else 120
+        run(url, request_id, Console(highlight=False, soft_wrap=True, width=width), as_json)
 
     _report_errors("explain", work)
+
+
+@app.command()
+def replay(
+    recording: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file that `router.record_events` wrote.")
+    ],
+) -> None:
+    """Check that a router's recorded events give the commands that they gave live."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from cluster.replay import replay_file
+
+        if not replay_file(recording, Console(highlight=False, soft_wrap=True)):
+            raise typer.Exit(1)
+
+    _report_errors("replay", work)
 
 
 @app.command()

@@ -147,6 +147,13 @@ class RouterSection(_Section):
         ge=1,
         description="So many requests under way per router, further ones get status 429.",
     )
+    record_events: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Directory in which each router process records what it is told and what it "
+        "decides, for `baton replay`: up to 1 GiB each, clients' prompts and outputs included "
+        "(docs/explain.md). Without one nothing is recorded.",
+    )
 
 
 class KvSection(_Section):
@@ -309,7 +316,14 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[list[str], Any]]:
     """BATON_HTTP__PORT=8001 sets http.port; values are read as YAML, as in the file."""
-    texts = {"model.path", "http.host", "grpc.host", "ray.address", "run_directory"}
+    texts = {
+        "model.path",
+        "http.host",
+        "grpc.host",
+        "ray.address",
+        "run_directory",
+        "router.record_events",
+    }
     for name, text in sorted(environment.items()):
         if not name.startswith(ENVIRONMENT_PREFIX) or name == INSTANCE_VARIABLE:
             continue

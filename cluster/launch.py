@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +61,28 @@ def vllm_rs_path() -> str | None:
         if path.is_file():
             return str(path)
     return None
+
+
+def recordings(config: Config) -> str | None:
+    """The directory of routers' recordings; Ray starts them in another than this process's."""
+    wanted = config.router.record_events
+    return None if wanted is None else str(Path(wanted).absolute())
+
+
+def check_recordings(config: Config) -> None:
+    """Make the directory if it is wanted; raises ConfigError if nothing can be written there."""
+    directory = recordings(config)
+    if directory is None:
+        return
+    try:
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"nothing can be written to router.record_events {directory}: {error.strerror}; name "
+            "another directory."
+        ) from None
 
 
 def start_supervisor(config: Config, instance: Instance, directory: Path, link_token: str) -> Any:
@@ -124,6 +147,7 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         served_model_names=names,
         model=str(directory),
         index_block_tokens=index_block_tokens(_block_tokens(config)),
+        record_events=recordings(config),
     )
     serve.start(proxy_location="Disabled")
     deployment: Any = RouterUnit

@@ -40,6 +40,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def serve(config: Config) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit code. Call it from the main thread."""
     launch.check_binaries()
+    launch.check_recordings(config)
     if config.router.policy == "joint":
         engine_profile.configured(config)  # What is wrong with it is said before anything starts.
     check_port(config.http.host, config.http.port)

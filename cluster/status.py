@@ -1,26 +1,20 @@
-"""`baton status` and `baton explain`: the operator API, readable."""
+"""`baton status`: pools and workers, readable."""
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cluster.ports import fetch
-from protos.errors import BatonError
-
-_LIMIT_S = 5.0
+from cluster.client import ask
 
 
 def show_status(address: str, console: Console) -> None:
     """Pools and workers. Raises BatonError if nobody answers."""
-    cluster = _ask(address, "/cluster")
-    workers = _ask(address, "/cluster/workers")["workers"]
+    cluster = ask(address, "/cluster")
+    workers = ask(address, "/cluster/workers")["workers"]
     pools = ", ".join(
         f"{role} {pool['ready']} of {pool['wanted']}" for role, pool in cluster["pools"].items()
     )
@@ -47,43 +41,6 @@ def show_status(address: str, console: Console) -> None:
     for worker in workers:
         if worker["last_failure"]:
             console.print(f"{worker['id']}: the one before: {worker['last_failure']}")
-
-
-def explain(address: str, request_id: str, console: Console) -> None:
-    """A request's decisions and why. Raises BatonError if nobody knows it."""
-    _print_value(_ask(address, f"/cluster/requests/{request_id}"), console, "")
-
-
-def _print_value(value: Any, console: Console, indent: str) -> None:
-    items = value.items() if isinstance(value, dict) else [("-", item) for item in value]
-    for key, item in items:
-        label = key if key == "-" else f"{key}:"
-        if isinstance(item, dict | list) and item and len(json.dumps(item)) > 80:
-            console.print(f"{indent}{label}", markup=False)
-            _print_value(item, console, indent + "  ")
-        else:
-            text = item if isinstance(item, str) else json.dumps(item)
-            console.print(f"{indent}{label} {text}", markup=False)
-
-
-def _ask(address: str, path: str) -> Any:
-    try:
-        return fetch(address.rstrip("/") + path, _LIMIT_S)
-    except urllib.error.HTTPError as error:
-        raise BatonError(_message_of(error, f"{address}{path}")) from None
-    except (OSError, ValueError):
-        raise BatonError(
-            f"no Baton answers at {address}: start one with `baton serve`, or name another "
-            "address with --url."
-        ) from None
-
-
-def _message_of(error: urllib.error.HTTPError, where: str) -> str:
-    try:
-        message: str = json.loads(error.read())["error"]["message"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{where} answered with status {error.code}."
-    return message
 
 
 def _duration(seconds: float) -> str:

@@ -35,6 +35,8 @@ class Factor:
     observations: int = 0
     log_mean: float = 0.0
     log_variance: float = FIRST_SPREAD * FIRST_SPREAD
+    _weight: float = 0.0
+    """Of all that was seen, the older the less."""
 
     @property
     def value(self) -> float:
@@ -56,18 +58,21 @@ class Factor:
         """E[x^2] over the square of the median: see the module."""
         return math.exp(2 * min(self.log_variance, LARGEST_VARIANCE))
 
-    def observe(self, measured_s: float, predicted_s: float) -> None:
-        """Take one pair in; both above 0, else it says nothing."""
-        if measured_s <= 0 or predicted_s <= 0:
+    def observe(self, measured_s: float, predicted_s: float, weight: float = 1.0) -> None:
+        """Take one pair in; both above 0, else it says nothing. It counts by its weight, from 0 to
+        1: how much of what was measured is what was predicted."""
+        if measured_s <= 0 or predicted_s <= 0 or weight <= 0:
             return
         ratio = min(max(measured_s / predicted_s, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
         error = math.log(ratio) - self.log_mean
+        first = not self.observations
         self.observations += 1
         # The first ones count as in a plain mean, so that a wrong profile is left behind at once.
-        weight = max(WEIGHT, 1 / (self.observations + 1)) if self.observations > 1 else 1.0
-        self.log_mean += weight * error
-        if self.observations > 1:
-            self.log_variance = (1 - weight) * (self.log_variance + weight * error * error)
+        self._weight = min(self._weight + min(1.0, weight), 1 / WEIGHT)
+        part = min(1.0, weight) / self._weight
+        self.log_mean += part * error
+        if not first:
+            self.log_variance = (1 - part) * (self.log_variance + part * error * error)
 
 
 @dataclass(slots=True)

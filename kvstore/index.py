@@ -33,11 +33,12 @@ class KvIndex:
         is cleared away."""
         self._slots: dict[str, int] = {}
         self._names: dict[int, str] = {}
-        self._held: dict[int, set[bytes]] = {}
+        self._held: dict[int, dict[bytes, None]] = {}
+        """Ordered, as sets are not: what is cleared away first must be the same in a replay."""
         self._free_slots: list[int] = []
         self._slots_made = 0
         self._alive = 0
-        self._dropped: deque[tuple[int, set[bytes]]] = deque()
+        self._dropped: deque[tuple[int, dict[bytes, None]]] = deque()
         self.left_out = 0
         """Blocks that were reported while there was no room; their prompts match shorter."""
 
@@ -70,7 +71,7 @@ class KvIndex:
                 holders[address] = bit
             elif not before & bit:
                 holders[address] = before | bit
-            held.add(address)
+            held[address] = None
             stored += 1
         self._clear_away(max(stored, CLEARED_AT_ONCE))
 
@@ -81,7 +82,7 @@ class KvIndex:
             held = self._held[slot]
             for address in addresses:
                 if address in held:
-                    held.remove(address)
+                    del held[address]
                     self._take_bit(address, 1 << slot)
         self._clear_away(CLEARED_AT_ONCE)
 
@@ -130,7 +131,7 @@ class KvIndex:
                 self._slots_made += 1
             self._slots[worker] = slot
             self._names[slot] = worker
-            self._held[slot] = set()
+            self._held[slot] = {}
             self._alive |= 1 << slot
         return slot
 
@@ -145,7 +146,7 @@ class KvIndex:
         while self._dropped and count > 0:
             slot, held = self._dropped[0]
             while held and count > 0:
-                self._take_bit(held.pop(), 1 << slot)
+                self._take_bit(held.popitem()[0], 1 << slot)
                 count -= 1
             if not held:
                 self._dropped.popleft()

@@ -8,21 +8,20 @@ trusted: it is out of the index until the next snapshot, which is to be asked fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from kvstore.index import KvIndex
 
 
-@dataclass(frozen=True, slots=True)
-class CacheSnapshot:
+class CacheSnapshot(Struct, frozen=True, tag=True):
     """All that a worker holds; changes go on after `number`."""
 
     number: int
     stored: Sequence[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheChange:
+class CacheChange(Struct, frozen=True, tag=True):
     """What changed at a worker; `removed` happened before `stored`."""
 
     number: int

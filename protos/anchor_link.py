@@ -18,7 +18,8 @@ from msgspec import Struct
 from protos.errors import ProtocolError
 
 MAX_MESSAGE_BYTES: Final = 256 * 1024 * 1024
-_LENGTH = struct.Struct(">I")
+LENGTH: Final = struct.Struct(">I")
+"""Before each message."""
 
 
 # Router to anchor
@@ -130,7 +131,7 @@ from_anchor_decoder: msgspec.msgpack.Decoder[FromAnchor] = msgspec.msgpack.Decod
 def encode(message: FromRouter | FromAnchor) -> bytes:
     """The message with its length in front, ready to be written."""
     body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
+    return LENGTH.pack(len(body)) + body
 
 
 class Splitter:
@@ -151,21 +152,21 @@ class Splitter:
             data, self._buffer = self._buffer, bytearray()
         view = memoryview(data)
         start = 0
-        while len(view) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(view, start)
+        while len(view) - start >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(view, start)
             if length > MAX_MESSAGE_BYTES:
                 raise ProtocolError(f"a message of {length} bytes on the anchor's link")
-            end = start + _LENGTH.size + length
+            end = start + LENGTH.size + length
             if end > len(view):
                 break
-            yield view[start + _LENGTH.size : end]
+            yield view[start + LENGTH.size : end]
             start = end
         self._buffer += view[start:]
 
     def _missing_until(self) -> int:
         """How long the buffer must be for its first body to be whole."""
-        if len(self._buffer) < _LENGTH.size:
-            return _LENGTH.size
-        (length,) = _LENGTH.unpack_from(self._buffer)
+        if len(self._buffer) < LENGTH.size:
+            return LENGTH.size
+        (length,) = LENGTH.unpack_from(self._buffer)
         # An impossible one is found by `feed` at once.
-        return _LENGTH.size + int(length) if length <= MAX_MESSAGE_BYTES else 0
+        return LENGTH.size + int(length) if length <= MAX_MESSAGE_BYTES else 0

@@ -26,27 +26,31 @@ DURATION_BOUNDS_S: Final = (
 TOKEN_BOUNDS_S: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
 )  # fmt: skip
+RATIO_BOUNDS: Final = (
+    0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0,
+)  # fmt: skip
 
 _SAMPLE_NAME = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?$")
 _LABEL = re.compile(r'([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"')
 
 
 class Histogram:
-    """Counts by upper bound, in seconds."""
+    """Counts by upper bound."""
 
-    def __init__(self, bounds_s: tuple[float, ...]) -> None:
-        self._bounds_s = bounds_s
-        self._counts = [0] * (len(bounds_s) + 1)
-        self.sum_s = 0.0
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
 
-    def observe(self, value_s: float) -> None:
-        """Count one."""
-        self._counts[bisect_left(self._bounds_s, value_s)] += 1
-        self.sum_s += value_s
+    def observe(self, value: float | None) -> None:
+        """Count one, if there is one."""
+        if value is not None:
+            self._counts[bisect_left(self._bounds, value)] += 1
+            self.sum += value
 
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound, how many are at most that), as Prometheus wants them."""
-        labels = [*map(str, self._bounds_s), "+Inf"]
+        labels = [*map(str, self._bounds), "+Inf"]
         total, answer = 0, []
         for label, count in zip(labels, self._counts, strict=True):
             total += count
@@ -77,6 +81,8 @@ class Measured:
         self.time_to_first_token = Histogram(TTFT_BOUNDS_S)
         self.duration = Histogram(DURATION_BOUNDS_S)
         self.time_per_output_token = Histogram(TOKEN_BOUNDS_S)
+        self.ttft_to_predicted = Histogram(RATIO_BOUNDS)
+        self.tpot_to_predicted = Histogram(RATIO_BOUNDS)
 
     def observe(self, ended: Ended) -> None:
         """Count a request."""
@@ -84,11 +90,11 @@ class Measured:
         if ended.fault is not None:
             self.faults[ended.fault] += 1
         self.output_tokens += ended.output_tokens
-        if ended.time_to_first_token_s is not None:
-            self.time_to_first_token.observe(ended.time_to_first_token_s)
-        if ended.time_per_output_token_s is not None:
-            self.time_per_output_token.observe(ended.time_per_output_token_s)
-        if ended.duration_s is not None and ended.end is End.COMPLETE:
+        self.time_to_first_token.observe(ended.time_to_first_token_s)
+        self.time_per_output_token.observe(ended.time_per_output_token_s)
+        self.ttft_to_predicted.observe(ended.ttft_to_predicted)
+        self.tpot_to_predicted.observe(ended.tpot_to_predicted)
+        if ended.end is End.COMPLETE:
             self.duration.observe(ended.duration_s)
 
 
@@ -171,7 +177,15 @@ def _own_families(
         ("request_time_per_output_token", "Mean per request.", measured.time_per_output_token),
     ):
         family = HistogramMetricFamily(f"vllm:{name}_seconds", text, labels=["model_name"])
-        family.add_metric([model_name], histogram.cumulative(), histogram.sum_s)
+        family.add_metric([model_name], histogram.cumulative(), histogram.sum)
+        families.append(family)
+    for name, ratios in (
+        ("time_to_first_token", measured.ttft_to_predicted),
+        ("time_per_output_token", measured.tpot_to_predicted),
+    ):
+        text = "Measured over predicted by the placement, of requests that ended."
+        family = HistogramMetricFamily(f"baton_{name}_to_predicted_ratio", text)
+        family.add_metric([], ratios.cumulative(), ratios.sum)
         families.append(family)
     return families
 

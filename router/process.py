@@ -14,7 +14,6 @@ import gc
 import importlib
 import logging
 import os
-import random
 import signal
 import sys
 import time
@@ -26,12 +25,10 @@ from typing import Any, Final
 import msgspec
 import uvloop
 
-from engine.latency_model import StepTimes
 from protos import anchor_link, enginecore, membership
 from protos.ids import RequestKey, TicketId, WorkerId, request_key
 from router import anchor_client
 from router.core import admission
-from router.core.costs import Slo
 from router.core.events import (
     AbortOn,
     AskCache,
@@ -56,14 +53,13 @@ from router.core.events import (
     TicketRefused,
 )
 from router.core.gate import Promises
-from router.core.joint import JointPlacement
 from router.core.moves import CoreSettings
-from router.core.placement import LeastPredictedWork, Placement, TieBreak
-from router.core.router import RouterCore
 from router.edge_log import EdgeLog
+from router.live_core import Origin, make_core
 from router.metrics import LinkBytes, Measured
+from router.recorder import Recorder
 from router.report import Report
-from router.settings import JointSettings, RouterSettings, UnitPaths, load_router
+from router.settings import RouterSettings, UnitPaths, load_router
 from router.tickets import (
     TicketConnection,
     TicketMint,
@@ -93,8 +89,9 @@ class RouterProcess:
             settings.max_requests, Promises(settings.promised_ttft_s, settings.promised_tpot_s),
             settings.index_block_tokens,
         )  # fmt: skip
-        tie_break = random.Random(self._incarnation).randrange
-        self.core = RouterCore(core_settings, _placement(settings.joint, tie_break))
+        origin = Origin(core_settings, settings.joint, tie_break_seed=self._incarnation)
+        self.core = make_core(origin)
+        self._recorder = _recorder(settings, self._incarnation, origin)
         self._cached_as = admission.CachedAs(settings.model, settings.index_block_tokens)
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
         self._measured = Measured()
@@ -128,7 +125,11 @@ class RouterProcess:
         tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._serve_http())]
         for task in tasks:
             task.add_done_callback(self._on_task_done)
-        return await self._exit
+        try:
+            return await self._exit
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
 
     async def _listen(self) -> None:
         await self._edge_log.listen()
@@ -154,6 +155,8 @@ class RouterProcess:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            if self._recorder is not None:
+                self._recorder.flush()
             self._read_membership()
             self._links.check_silence(asyncio.get_running_loop().time())
             self.feed(Tick())
@@ -162,8 +165,19 @@ class RouterProcess:
 
     def feed(self, event: Event) -> None:
         """Let the core decide, and do what it says."""
-        for command in self.core.handle(time.monotonic(), event):
+        for command in self._handle(event):
             self._carry_out(command)
+
+    def _handle(self, event: Event) -> list[Command]:
+        now_s = time.monotonic()
+        if self._recorder is None:
+            return self.core.handle(now_s, event)
+        commands = None
+        try:
+            commands = self.core.handle(now_s, event)
+        finally:
+            self._recorder.record(now_s, event, commands)
+        return commands
 
     def _carry_out(self, command: Command) -> None:
         if isinstance(command, anchor_link.Deliver):
@@ -184,7 +198,7 @@ class RouterProcess:
         return answer_line(answer(line, self._mint, time.time(), self._decide_ticket))
 
     def _decide_ticket(self, question: TicketAsked) -> TicketGranted | TicketRefused:
-        (decided,) = self.core.handle(time.monotonic(), question)
+        (decided,) = self._handle(question)
         assert isinstance(decided, TicketGranted | TicketRefused)
         return decided
 
@@ -315,17 +329,22 @@ class _FrontsTold:
         return enginecore.encode(ready)
 
 
-def _placement(joint: JointSettings | None, tie_break: TieBreak) -> Placement:
-    if joint is None:
-        return LeastPredictedWork(tie_break)
-    slo = Slo(joint.ttft_slo_s, joint.tpot_slo_s)
-    return JointPlacement(tie_break, StepTimes(joint.timing), joint.max_step_tokens, slo)
-
-
 def _deadline_s(ticket: TicketId | None, wall_s: float) -> float | None:
     """A ticket's deadline on the core's clock."""
     remaining_s = left_s(ticket, wall_s)
     return None if remaining_s is None else time.monotonic() + remaining_s
+
+
+def _recorder(settings: RouterSettings, incarnation: int, origin: Origin) -> Recorder | None:
+    """What records this process's events, if that is wanted."""
+    if settings.record_events is None:
+        return None
+    path = Path(settings.record_events) / f"{settings.router_id}-{incarnation}.events"
+    try:
+        return Recorder(path, settings.router_id, origin)
+    except OSError as error:
+        _log.error("no events are recorded: %s can't be created: %s", path, error)
+        return None
 
 
 def _load_http_api() -> ModuleType:

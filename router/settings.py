@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from msgspec import Struct
 
 from engine.spec import SimulatedTiming
+
+KEPT_RECORDS: Final = 10_000
 
 
 class UnitPaths:
@@ -112,8 +115,10 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     """How long a worker whose link broke, but whose process may live, keeps its requests."""
     max_requests: int = 10_000
     """So many under way, further ones are refused with status 429."""
-    kept_records: int = 10_000
+    kept_records: int = KEPT_RECORDS
     """Ended requests whose decisions can still be asked for."""
+    record_events: str | None = None
+    """Directory in which to record what the core is told and what it answers; None: nowhere."""
 
 
 def save(path: Path, settings: UnitSettings | RouterSettings) -> None:

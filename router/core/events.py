@@ -395,6 +395,9 @@ class Ended:
     time_per_output_token_s: float | None = None
     """Mean over the tokens after the first."""
     fault: Fault | None = None
+    ttft_to_predicted: float | None = None
+    """Measured divided by what its placement predicted, if it did."""
+    tpot_to_predicted: float | None = None
 
 
 Command: TypeAlias = (

@@ -35,6 +35,8 @@ class Part:
     """By how much it delays what comes after it: prompts share steps."""
     ttft_s: float = 0.0
     """Its prompt's predicted wait and time, from when it was placed."""
+    ttft_share: float = 0.0
+    """Of what was promised."""
     due_s: float = 0.0
     """When its prompt should be computed there; 0 if it is not to be."""
     context_tokens: float = 0.0
@@ -59,7 +61,10 @@ class Done:
     def add(self, now_s: float, part: Part, factor: Factor) -> None:
         """One more. With the first of the next step, this step's are compared."""
         if now_s != self.at_s:
-            factor.observe(self.measured_s - self.base_s, self.work_s)
+            if self.work_s:
+                # Beside a step's base, a short prompt's own time is mostly what else went on.
+                known = self.work_s / (self.work_s + self.base_s)
+                factor.observe(self.measured_s - self.base_s, self.work_s, known)
             self.measured_s = now_s - max(part.placed_s, self.at_s)
             self.at_s, self.base_s, self.work_s = now_s, 0.0, 0.0
         self.base_s = max(self.base_s, part.base_s)

@@ -184,7 +184,7 @@ class JointPlacement:
             forecast = self._change(part.worker)
             self._end_prompt(now_s, key, placed)
             forecast.done.add(now_s, part, self.learned.prefill)
-            self.learned.first_token.observe(now_s - part.placed_s, part.ttft_s)
+            self.learned.first_token.observe(now_s - part.placed_s, part.ttft_s, part.ttft_share)
             forecast.has_come(part)
         if len(placed.parts) > 1:  # The other one makes the tokens.
             self._change(part.worker).end(part)
@@ -246,7 +246,8 @@ class JointPlacement:
             return
         step_s = self._pricing.step_s(forecast.running, forecast.running_context_tokens)
         profiled_s = self._pricing.profiled_transfer_s(part.fetched_blocks, step_s)
-        self.learned.transfer.observe(now_s - part.placed_s - step_s, profiled_s)
+        known = profiled_s / (profiled_s + step_s)
+        self.learned.transfer.observe(now_s - part.placed_s - step_s, profiled_s, known)
 
     # What is known
 
@@ -307,8 +308,10 @@ class JointPlacement:
         compared = np.array(priced)[:, pool]
         costs: list[float] = compared[0].tolist()
         least = min(costs)
-        best = [at for at, cost in enumerate(costs) if cost == least]
-        at = best[self._tie_break(len(best)) if len(best) > 1 else 0]
+        at = costs.index(least)
+        if (equals := costs.count(least)) > 1:
+            best = [at for at, cost in enumerate(costs) if cost == least]
+            at = best[self._tie_break(equals)]
         workers = columns.ids[pool]
         kept.add(role, workers, at, compared)
         return _Choice(pool.start + at, workers[at], least, compared[1:, at].tolist())
@@ -327,6 +330,7 @@ class JointPlacement:
             computing.placed_s, computing.occupies_s = ask.now_s, float(there.occupies_s[at])
             computing.work_s, computing.base_s = float(there.work_s[at]), float(there.base_s[at])
             computing.ttft_s = float(there.ttft_s[at])
+            computing.ttft_share = computing.ttft_s / ask.slo.ttft_s
             window_s = self._weights.share_window_s
             self._change(computing.worker).add_prefill(ask.now_s, key, computing, window_s)
             self._ahead.store(computing.worker, shape.addresses)

@@ -115,7 +115,7 @@ class Moves:
                 self.backlog.add(request.key, request.waits)
             return False
         self._waits_no_more(request)
-        request.record.decisions.append(decision)
+        request.record.decide(now_s, decision)
         self.counts.decisions[decision.reason] += 1
         if not request.position:
             self.backlog.charge(request.waits.tenant, shape.prompt_tokens)
@@ -273,7 +273,7 @@ class Moves:
         record = request.record
         record.ended_s, record.end, record.error, record.fault = now_s, end, why, fault
         self._learn_size(request.story)
-        ended = _ended(request, end, now_s)
+        ended = _ended(request, end)
         if request.expected is not None and end is End.COMPLETE:
             self.gate.learn(request.expected, request.story.terms, ended)
         told: Command | None = ended
@@ -334,17 +334,14 @@ class Moves:
         return self._settings.resume_streams or not lost.spoke
 
 
-def _ended(request: Request, end: End, now_s: float) -> Ended:
+def _ended(request: Request, end: End) -> Ended:
     record = request.record
     if record.recovered:
         return Ended(request.key, end, record.error, request.position, fault=record.fault)
-    first_s, later_tokens = record.first_token_s, request.position - 1
-    per_token_s = None
-    if first_s is not None and later_tokens > 0:
-        per_token_s = (now_s - first_s) / later_tokens
+    ratios = record.ratios()
     return Ended(
         request.key, end, record.error, request.position, fault=record.fault,
-        time_to_first_token_s=None if first_s is None else first_s - record.arrived_s,
-        duration_s=now_s - record.arrived_s,
-        time_per_output_token_s=per_token_s,
+        time_to_first_token_s=record.ttft_s, duration_s=record.duration_s,
+        time_per_output_token_s=record.tpot_s,
+        ttft_to_predicted=ratios.ttft, tpot_to_predicted=ratios.tpot,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from protos.ids import RequestKey, TicketId, WorkerId
 from router.core.events import NO_TERMS, EdgeEnded, End, Fault, PromptUse, Terms, TicketAsked
+from router.core.hindsight import Decided, Measured, Ratios
 from router.core.placement import Decision
 
 TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{44}(?![0-9a-f])")
@@ -58,13 +59,56 @@ class Record:
     output_tokens: int = 0
     stripped_arguments: Sequence[str] = ()
     """Engine-internal arguments that its client sent and that were removed."""
-    decisions: list[Decision] = field(default_factory=list)
+    decisions: list[Decided] = field(default_factory=list)
     attempts: list[AttemptRecord] = field(default_factory=list)
     story: list[tuple[float, str]] = field(default_factory=list)
 
     def note(self, now_s: float, what: str) -> None:
         """Append to the story."""
         self.story.append((now_s, what))
+
+    def decide(self, now_s: float, decision: Decision) -> None:
+        """It was placed, for the first time or anew."""
+        self.decisions.append(Decided(decision, now_s, self.output_tokens))
+
+    def measured(self) -> list[Measured]:
+        """What became of each decision."""
+        next_at_s: list[float | None] = [each.at_s for each in self.decisions[1:]]
+        return [
+            each.measured(self.first_token_s, following_s, self.ended_s, self.output_tokens)
+            for each, following_s in zip(self.decisions, [*next_at_s, None], strict=False)
+        ]
+
+    def ratios(self) -> Ratios:
+        """How far off the decisions were that it got its first token by, and its last ones."""
+        ratios = Ratios()
+        for each, measured in zip(self.decisions, self.measured(), strict=True):
+            later = each.ratios(measured)
+            ratios = Ratios(
+                ratios.ttft if later.ttft is None else later.ttft,
+                ratios.tpot if later.tpot is None else later.tpot,
+            )
+        return ratios
+
+    # What its client got, from its arrival on; of one that was taken over nobody knows.
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token."""
+        return None if self.recovered else _between(self.arrived_s, self.first_token_s)
+
+    @property
+    def duration_s(self) -> float | None:
+        """Until its end."""
+        return None if self.recovered else _between(self.arrived_s, self.ended_s)
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first."""
+        if self.recovered or self.output_tokens < 2:
+            return None
+        decoding_s = _between(self.first_token_s, self.ended_s)
+        return None if decoding_s is None else decoding_s / (self.output_tokens - 1)
 
     def tell(self) -> str:
         """The story, a line per step, in seconds since its arrival."""
@@ -78,7 +122,11 @@ class Record:
             for each in fields(self)
             if each.name not in ("decisions", "attempts")
         }
-        answer["decisions"] = [decision.as_json() for decision in self.decisions]
+        answer["decisions"] = [
+            decided.as_json(measured, self.arrived_s)
+            for decided, measured in zip(self.decisions, self.measured(), strict=True)
+        ]
+        answer["actual"] = self._actual()
         answer["attempts"] = [asdict(attempt) for attempt in self.attempts]
         for name in times:
             at_s = answer.pop(name)
@@ -89,6 +137,21 @@ class Record:
         for attempt in answer["attempts"]:
             attempt["after_s"] = round(attempt.pop("at_s") - self.arrived_s, 6)
         return answer
+
+    def _actual(self) -> dict[str, Any]:
+        uses = [each.prompt_use for each in self.attempts if each.prompt_use is not None]
+        return {
+            "ttft_s": self.ttft_s,
+            "tpot_s": self.tpot_s,
+            "duration_s": self.duration_s,
+            "handoff_s": _between(self.handed_off_s, self.resumed_s),
+            "output_tokens": self.output_tokens,
+            "prompt": {
+                "computed_tokens": sum(use.computed_tokens for use in uses),
+                "cached_tokens": sum(use.cached_tokens for use in uses),
+                "transferred_tokens": sum(use.transferred_tokens for use in uses),
+            },
+        }
 
 
 @dataclass(slots=True)
@@ -176,3 +239,7 @@ class RecordBook:
             _, oldest = self._stories.popitem(last=False)
             if oldest.under_way:
                 self._stories[oldest.id] = oldest
+
+
+def _between(since_s: float | None, until_s: float | None) -> float | None:
+    return None if since_s is None or until_s is None else until_s - since_s

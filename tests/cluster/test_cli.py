@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from rich.console import Console
 
 from cluster.ports import check_port, target, url
 from cluster.serve import _is_healthy
-from cluster.status import explain, show_status
-from protos.errors import BatonError, ConfigError
+from cluster.status import show_status
+from protos.errors import ConfigError
 from tests.free_ports import free_port
 
 _ROOT = Path(__file__).parents[2]
@@ -64,7 +65,14 @@ class _Operator(http.server.BaseHTTPRequestHandler):
                 }
             ]
         },
-        "/cluster/requests/abc": {"id": "abc", "attempts": [{"worker": "decode-2", "why": "idle"}]},
+        "/cluster/requests/a%20b%2F%3Fc": {
+            "id": "a b/?c",
+            "asked_at": 0.0,
+            "method": "POST",
+            "path": "/v1/completions",
+            "edge": {"status": "401", "termination": "PR"},
+            "requests": [],
+        },
     }
 
     def do_GET(self) -> None:
@@ -94,7 +102,7 @@ def test_help_is_quick_and_lists_the_commands() -> None:
         result = baton("--help")
         took_s.append(time.monotonic() - began_s)
     assert result.returncode == 0
-    assert all(command in result.stdout for command in ("serve", "status", "explain", "config"))
+    assert all(command in result.stdout for command in ("serve", "status", "explain", "replay"))
     assert min(took_s) < 1.5
 
 
@@ -205,9 +213,48 @@ def test_status_shows_pools_and_workers(operator: int) -> None:
     assert "its process died" in text
 
 
-def test_explain_prints_a_request_or_why_not(operator: int) -> None:
-    console = Console(record=True, width=100)
-    explain(f"http://127.0.0.1:{operator}", "abc", console)
-    assert "decode-2" in console.export_text()
-    with pytest.raises(BatonError, match="no router knows a request xyz"):
-        explain(f"http://127.0.0.1:{operator}", "xyz", console)
+def test_explain_asks_for_the_id_as_it_is(operator: int) -> None:
+    url = f"http://127.0.0.1:{operator}"
+    told = baton("explain", "a b/?c", "--url", url)
+    assert told.returncode == 0, told.stderr
+    assert "a b/?c  POST /v1/completions" in told.stdout
+    as_json = baton("explain", "a b/?c", "--json", "--url", url)
+    assert json.loads(as_json.stdout) == _Operator.answers["/cluster/requests/a%20b%2F%3Fc"]
+
+
+def test_explain_of_an_unknown_id_is_a_sentence(operator: int) -> None:
+    result = baton("explain", "xyz", "--url", f"http://127.0.0.1:{operator}")
+    assert result.returncode == 1
+    assert result.stderr == "baton explain: no router knows a request xyz\n"
+
+
+def test_explain_where_nobody_listens() -> None:
+    result = baton("explain", "xyz", "--url", f"http://127.0.0.1:{free_port()}")
+    assert result.returncode == 1
+    assert "start one with `baton serve`" in result.stderr
+
+
+def test_a_directory_for_recordings_that_can_not_be() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "cluster", "serve", "--engine", "simulated"],
+        env={**os.environ, "BATON_ROUTER__RECORD_EVENTS": "/dev/null/recordings"},
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "router.record_events /dev/null/recordings: Not a directory" in line
+
+
+def test_replay_of_what_is_no_recording(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("some text")
+    for path, problem in (
+        (tmp_path / "none", "can't be read: No such file or directory"),
+        (tmp_path, "can't be read: Is a directory"),
+        (tmp_path / "notes", "is no recording of a router's events"),
+    ):
+        result = baton("replay", str(path))
+        assert (result.returncode, result.stderr) == (2, f"baton replay: {path} {problem}.\n")

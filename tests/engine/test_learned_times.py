@@ -47,6 +47,18 @@ def test_a_boundless_spread_weighs_no_more_than_a_wide_one() -> None:
     assert Factor(log_variance=9.0).square_over_median == wide.square_over_median
 
 
+def test_what_says_little_gives_way_to_what_says_much() -> None:
+    factor = Factor()
+    for _ in range(3):
+        factor.observe(20.0, 1.0, 0.02)
+    assert factor.value == pytest.approx(20)
+    factor.observe(2.0, 1.0, 1.0)
+    assert factor.value == pytest.approx(2.0, rel=0.2)
+    for _ in range(10):
+        factor.observe(20.0, 1.0, 0.02)
+    assert factor.value < 3.5
+
+
 def test_it_follows_a_change() -> None:
     factor = Factor()
     for _ in range(100):

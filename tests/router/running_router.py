@@ -24,7 +24,7 @@ from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
 from protos import anchor_link, enginecore, membership
 from protos.enginecore import EngineRequest
-from router.settings import RouterSettings, UnitPaths, save
+from router.settings import JointSettings, RouterSettings, UnitPaths, save
 from router.tickets import TicketMint
 from router.unit.anchor.relay import Relay
 
@@ -130,17 +130,21 @@ class Anchor:
 class Unit:
     """The directory, the anchor, the router process and the workers."""
 
-    def __init__(self, directory: Path, local_prefill_max_tokens: int = 0) -> None:
+    def __init__(
+        self, directory: Path, local_prefill_max_tokens: int = 0,
+        record_events: Path | None = None, joint: JointSettings | None = None,
+    ) -> None:  # fmt: skip
         self.paths = UnitPaths(directory)
         settings = RouterSettings(
             router_id="unit",
             link_token=TOKEN,
             expect_prefill=True,
-            joint=None,
+            joint=joint,
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
             model="none",
             index_block_tokens=128,
+            record_events=None if record_events is None else str(record_events),
         )
         save(self.paths.router_settings, settings)
         self.anchor = Anchor(self.paths.anchor_socket)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from tests.router.core.driving import Drive
 from tests.router.core.world import World
 
 WORKERS = st.sampled_from(["p1", "p2", "d1", "d2"])
@@ -96,10 +98,10 @@ TestHistories.settings = settings(
 )
 
 
-def walk(seed: int, steps: int = 250) -> World:
+def walk(seed: int, steps: int = 250, make_drive: Callable[[], Drive] = Drive) -> World:
     """A long history in which most things work, so that requests get far before something fails."""
     rng = random.Random(seed)
-    world = World()
+    world = World(make_drive)
     for worker in list(world.workers.values()):
         world.attach(worker)
     for _ in range(steps):

@@ -126,7 +126,7 @@ def test_without_prefill_workers_a_request_runs_whole_and_says_why() -> None:
         drive.up("d")
         assert drive.arrive() == [submit("d", 1)]
         (record,) = records(drive)
-        assert [decision.reason for decision in record.decisions] == [reason]
+        assert [each.decision.reason for each in record.decisions] == [reason]
 
 
 def test_without_decode_workers_a_prefill_worker_does_all() -> None:

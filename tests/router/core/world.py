@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -154,20 +154,24 @@ class Asked:
 class World:
     """A router core, its workers and its anchor."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_drive: Callable[[], Drive] = Drive) -> None:
+        self._make_drive = make_drive
         self.new_tokens = itertools.count()
         self.workers = {
             name: FakeWorker(name, self.new_tokens) for name in ("p1", "p2", "d1", "d2")
         }
         self.asked: dict[str, Asked] = {}
         self.ends: dict[RequestKey, list[End]] = {}
-        self.drive = Drive()
-        self._start_router()
+        self.drive = make_drive()
+        self._take_over()
 
     def _start_router(self) -> None:
         now_s = self.drive.now_s
-        self.drive = Drive()
+        self.drive = self._make_drive()
         self.drive.now_s = now_s
+        self._take_over()
+
+    def _take_over(self) -> None:
         members = [(n, "prefill" if n[0] == "p" else "decode") for n in self.workers]
         self.obey(self.drive.members(*members))
         underway = [
