@@ -147,9 +147,7 @@ def _own_families(
     )
     plain = [
         CounterMetricFamily(f"baton_{name}", text, value=value)
-        for name, text, value in _plain_counters(
-            counts, core.moves.index.left_out, unread_edge_lines
-        )
+        for name, text, value in _plain_counters(counts, index.left_out, unread_edge_lines)
     ]
     up = GaugeMetricFamily("baton_worker_up", "Whether it can be used.", labels=["worker", "role"])
     for worker in core.pool:
