@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shlex
 import xml.etree.ElementTree
 from collections import Counter
@@ -61,6 +63,42 @@ def test_a_trace_and_its_report(trace: Path, tmp_path: Path) -> None:
         colours = Counter(drawn.convert("RGB").getdata())
     assert colours[(11, 92, 173)] > 1000  # The bars, if nothing else.
     assert colours[(255, 255, 255)] > 0.8 * colours.total()
+
+
+FORMATS = {
+    "azure-2023.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:56.6805900,396,109\n",
+    "azure-2024.csv.gz": "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    "2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:10.009930+00:00,2399,6\n",
+    "burstgpt.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    "5,ChatGPT,472,18,490,Conversation log\n6,GPT-4,100,0,100,API log\n"
+    "15,GPT-4,1087,230,1317,API log\n",
+    "mooncake.jsonl.gz": '{"timestamp": 0, "input_length": 9, "output_length": 2, "hash_ids": [1]}'
+    '\n{"timestamp": 10000, "input_length": 9, "output_length": 2, "hash_ids": [1]}\n',
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_served(tmp_path: Path, name: str) -> None:
+    path, text = tmp_path / name, FORMATS[name].encode()
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    code, told = typed(str(path), "--gpus", "1")
+    assert code == 0, told
+    assert "│ 2 in 1" in told
+    assert "│ 100.0%" in told
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "azure2023_conv", "mooncake_conversation", "mooncake_arxiv_first1000",
+        "servegen_m-large_day9_24h",
+    ],
+)  # fmt: skip
+def test_the_shared_traces_are_served(shared: Path, name: str) -> None:
+    code, told = typed(str(shared / "traces" / f"{name}.jsonl.gz"), "--minutes", "0.5")
+    assert code == 0, told
+    assert re.search(r"failed +│ 0 ", told)
 
 
 def test_requests_that_come_at_once_have_no_other_rates(tmp_path: Path) -> None:
