@@ -36,7 +36,6 @@ from simulator.traces import BLOCK_TOKENS, TracedRequest
 from simulator.worker import Asked, SimulatedWorker
 
 TICK_S: Final = 0.5
-_TICKET: Final = TicketId("simulated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +137,8 @@ class Cluster:
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
         # The output's length is nobody's to know.
         shape = Shape(request.input_tokens, None, addresses=hashes, kind=request.client)
-        self._feed(RequestArrived(key, Demand(shape, b""), _TICKET))
+        # A ticket of its own: the router keeps the stories of the latest tickets.
+        self._feed(RequestArrived(key, Demand(shape, b""), TicketId(key)))
 
     # The router
 

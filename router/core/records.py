@@ -165,7 +165,9 @@ class RecordBook:
     def _add(self, story: TicketStory) -> None:
         self._stories[story.id] = story
         excess = len(self._stories) - self._kept
-        for _ in range(max(0, excess)):
+        # Those under way stay, and are passed over: two looks for each that comes suffice for not
+        # many more than are under way to pile up, however many that are.
+        for _ in range(min(2, max(0, excess))):
             _, oldest = self._stories.popitem(last=False)
             if oldest.under_way:
                 self._stories[oldest.id] = oldest
