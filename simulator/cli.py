@@ -20,7 +20,7 @@ from simulator.question import (
     read_slo,
     read_workload,
 )
-from simulator.study import Study, in_words
+from simulator.study import Study
 
 
 def simulate(question: Question, console: Console, progress: Console) -> None:
@@ -36,20 +36,22 @@ def simulate(question: Question, console: Console, progress: Console) -> None:
     workload = read_workload(question)
     reaching = check_reachable(profiles, slo, begin_of(question, workload))
     count, last_s = workload.extent()
-    with Bar(progress) as bar:
-        study = Study(workload, question.policy, slo, question.seed, count, last_s, bar)
-        if question.plan:
+    bar = Bar(progress)
+    study = Study(workload, question.policy, slo, question.seed, count, last_s, bar)
+    if question.plan:
+        with bar:
             plan = plan_command.search(question, reaching, study)
-            layout, outcome = plan.chosen.layout, plan.chosen.outcome
-            plan_command.show(question, profiles, plan, console)
-        else:
+        layout, outcome = plan.chosen.layout, plan.chosen.outcome
+        hopeless = [each for each in profiles if each not in reaching]
+        plan_command.show(question, hopeless, plan, console)
+    else:
+        with bar:
             outcome = study.run(layout)
-            console.print(_table(question, layout, outcome))
-        if question.reports:
-            what = f"{in_words(layout)} of {layout.profile.model}"
-            title = f"{question.workload}: {question.policy} on {what}"
-            report.write(question.reports, title, study, layout, outcome)
-            console.print(f"Curves: {', '.join(map(str, question.reports))}", markup=False)
+        console.print(_table(question, layout, outcome))
+    if question.reports:
+        with bar:
+            report.write(question.reports, study, layout, outcome)
+        console.print(f"Curves: {', '.join(map(str, question.reports))}", markup=False)
 
 
 def _table(question: Question, layout: Layout, outcome: Outcome) -> Table:

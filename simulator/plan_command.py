@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -29,13 +29,14 @@ def search(question: Question, profiles: Sequence[EngineProfile], study: Study) 
 
 
 def show(
-    question: Question, profiles: Sequence[EngineProfile], found: Plan, console: Console
+    question: Question, hopeless: Sequence[EngineProfile], found: Plan, console: Console
 ) -> None:
-    """What was tried, what is best and why, and the commands for just that."""
+    """What was tried, what is best and why, and the commands for just that. `hopeless` are engines
+    on which no request could meet the SLOs."""
     console.print(_table(question, found))
     for line in (
         _verdict(found),
-        _parallelism(profiles, {trial.layout.profile for trial in found.tried}),
+        _parallelism(found.chosen.layout.profile.model, hopeless),
         f"Again: {_simulate_command(question, found.chosen)}",
         f"Live: {_serve_command(found.chosen.layout)}",
     ):
@@ -91,15 +92,17 @@ def _verdict(found: Plan) -> str:
     what = f"{gpus_of(chosen.gpus)}, {in_words(layout)} of {gpus_of(layout.profile.gpus)} each"
     share = _percent(chosen.goal)
     if not chosen.meets:
-        ttft_s, tpot_s = (
-            latencies.quantile_s(chosen.goal.attainment)
-            for latencies in (chosen.outcome.measured.ttft, chosen.outcome.measured.tpot)
+        measured = chosen.outcome.measured
+        quantile = chosen.goal.attainment
+        latencies = "".join(
+            f"; {share} have a {name} of at most {in_units(each.quantile_s(quantile))}"
+            for name, each in (("TTFT", measured.ttft), ("TPOT", measured.tpot))
+            if each.count
         )
         return (
             f"No layout that was tried does that. The best reachable is {what}: "
-            f"{chosen.outcome.measured.attainment:.1%} are served so; {share} of the requests have "
-            f"their first token within {in_units(ttft_s)}, and {share} their tokens "
-            f"{in_units(tpot_s)} apart. Raise --gpus, lower --rate, or loosen --slo."
+            f"{measured.attainment:.1%} of the requests are served so{latencies}. Raise --gpus, "
+            "lower --rate, or loosen --slo."
         )
     rivals = sum(trial.meets and trial.gpus == chosen.gpus for trial in found.tried)
     reason = "nothing that was tried does it with fewer GPUs"
@@ -114,19 +117,18 @@ def _verdict(found: Plan) -> str:
     )
 
 
-def _parallelism(profiles: Sequence[EngineProfile], tried: Collection[EngineProfile]) -> str:
+def _parallelism(model: str, hopeless: Sequence[EngineProfile]) -> str:
     """Which engines there were to choose from: only what was measured."""
-    known = _either(profiles)
-    said = f"An engine of {profiles[0].model} is known on {known} only: nothing else was measured."
-    hopeless = [each for each in profiles if each not in tried]
+    known = _either([each for each in PROFILES.values() if each.model == model])
+    said = f"An engine of {model} is known on {known} only: nothing else was measured."
     if hopeless:
         said += f" On {_either(hopeless)} no request would meet the SLOs even alone."
     return said
 
 
 def _either(profiles: Sequence[EngineProfile]) -> str:
-    *others, last = (each.gpus for each in profiles)
-    return " or ".join([*map(str, others), gpus_of(last)])
+    *others, last = sorted(each.gpus for each in profiles)
+    return f"{', '.join(map(str, others))} or {gpus_of(last)}" if others else gpus_of(last)
 
 
 def _percent(goal: Goal) -> str:
@@ -139,9 +141,9 @@ def _simulate_command(question: Question, chosen: Trial) -> str:
     name = next(name for name, each in PROFILES.items() if each == layout.profile)
     words = ["baton", "simulate", question.workload, "--model", name, "--gpus", f"{chosen.gpus}",
              "--prefill", f"{layout.prefill}", "--policy", question.policy, "--slo", question.slo,
-             "--minutes", f"{question.minutes:g}", "--seed", f"{question.seed}"]  # fmt: skip
+             "--minutes", f"{question.minutes:.12g}", "--seed", f"{question.seed}"]  # fmt: skip
     if question.rate_rps is not None:
-        words += ["--rate", f"{question.rate_rps:g}"]
+        words += ["--rate", f"{question.rate_rps:.12g}"]
     return shlex.join(words)
 
 

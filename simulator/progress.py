@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from simulator.traces import TracedRequest
 
-_PARTS = 100
+_PARTS: Final = 100
 """Of a run, in which it moves."""
 
 
 class Bar:
-    """Of several runs of the same requests."""
+    """Of several runs of the same requests; can be entered again."""
 
     def __init__(self, console: Console) -> None:
         self._ended_runs = 0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("left at most"),
+            TextColumn("about"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             transient=True,
             disable=not console.is_terminal,

@@ -11,7 +11,7 @@ from simulator import page, picture
 from simulator.cluster import Layout
 from simulator.experiment import Outcome
 from simulator.figures import AtRate, figures
-from simulator.study import Study
+from simulator.study import Study, in_words
 
 _FACTORS: Final = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Of the workload's rate."""
@@ -26,10 +26,9 @@ def check_paths(paths: Sequence[Path]) -> None:
             raise ConfigError(f"--report {path}: there is no directory {path.parent}; make it")
 
 
-def write(
-    paths: Sequence[Path], title: str, study: Study, layout: Layout, outcome: Outcome
-) -> None:
+def write(paths: Sequence[Path], study: Study, layout: Layout, outcome: Outcome) -> None:
     """To each path, in the format that it names."""
+    title = f"{study.workload.name}: {study.policy} on {in_words(layout)} of {layout.profile.model}"
     measured = outcome.measured
     summary = (
         f"{measured.requests:,} requests, {measured.attainment:.1%} within both SLOs, "

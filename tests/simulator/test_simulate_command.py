@@ -156,6 +156,15 @@ def test_a_plan_that_is_too_much_says_the_best_there_is() -> None:
     assert "Raise --gpus" in told
 
 
+def test_a_plan_for_what_fits_nowhere(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 900000, "output_length": 5}')
+    code, told = typed(str(path), "--gpus", "2", "--plan", "--slo", "2000s,1s")
+    assert code == 0, told
+    assert "0.0% of the requests are served so. Raise" in told
+    assert "known on 1 GPU only" in told
+
+
 def test_a_plan_leaves_out_engines_on_which_nothing_could_be_in_time() -> None:
     code, told = typed(
         "poisson", "--rate", "1", "--minutes", "0.5", "--plan", "--slo", "2s,15ms",
