@@ -22,6 +22,7 @@ ENGINES: Final = (
     ("llama-3.1-8b", "1", "bfloat16"),
     ("qwen3-32b", "2", "bfloat16"),
     ("llama-3.1-70b", "4", "bfloat16"),
+    ("llama-3.1-70b", "8", "bfloat16"),
 )
 """Model, GPUs and weights, as the file names them."""
 

@@ -121,9 +121,11 @@ def simulate(
         str,
         typer.Argument(metavar="TRACE", help="A trace file, or e.g. poisson, sessions, agents."),
     ],
-    gpus: Annotated[int, typer.Option(help="GPUs of the simulated cluster.")] = 8,
+    gpus: Annotated[int, typer.Option(help="GPUs of the simulated cluster; of a plan: most.")] = 8,
     model: Annotated[str, typer.Option(help="Model and GPUs of an engine.")] = "llama-3.1-8b-h100",
-    prefill: Annotated[int, typer.Option(help="Engines that only compute prompts.")] = 0,
+    prefill: Annotated[
+        int | None, typer.Option(help="Engines that only compute prompts; default: none.")
+    ] = None,
     policy: Annotated[str, typer.Option(help="Baton's placement, or a peer's.")] = "baton",
     slo: Annotated[str, typer.Option(help="Time to first token, per output token.")] = "2s,50ms",
     rate: Annotated[
@@ -131,18 +133,30 @@ def simulate(
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="So much of it.")] = 20.0,
     seed: Annotated[int, typer.Option(min=0, help="Of workload and ties.")] = 0,
-    page: Annotated[Path | None, typer.Option("--html", help="Write curves to a page.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Find the cheapest layout that meets the SLO.")
+    ] = False,
+    attainment: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1.0, help="Of a plan: share of requests; default 0.9."),
+    ] = None,
+    reports: Annotated[
+        list[Path] | None, typer.Option("--report", help="Write curves: to NAME.html or NAME.png.")
+    ] = None,
 ) -> None:
     """Run a trace on a simulated cluster of GPUs."""
 
     def work() -> None:
         from rich.console import Console
 
-        from simulator.cli import Question
         from simulator.cli import simulate as run
+        from simulator.question import Question
 
-        question = Question(workload, model, gpus, prefill, policy, slo, rate, minutes, seed, page)
-        run(question, Console(highlight=False))
+        question = Question(
+            workload, model, gpus, prefill, policy, slo, rate, minutes, seed,
+            tuple(reports or ()), plan, attainment,
+        )  # fmt: skip
+        run(question, Console(highlight=False), Console(stderr=True))
 
     _report_errors("simulate", work)
 

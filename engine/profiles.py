@@ -6,6 +6,10 @@ again). Prefill costs are 1.2 times the fit, since such sums leave out 10 to 30 
 token are 2 x layers x KV heads x head size x 2 bytes. What Qwen3-32B's cache holds is llm-d's
 report of its pods (SHARED/perf/published_results.csv); its step's base, 13.9 ms by the fit, is what
 their 11 ms between tokens at 3 requests/s leave (SHARED/perf/llm-d_prefix_routing_by_qps.csv).
+
+Llama-3.3-70B-FP8 is fitted to sweeps of whole vLLM engines (benchmarks/results/engine-model.md), so
+its prefill stands as it is. Profiles of one `model` are its degrees of tensor parallelism: those
+that were measured and whose weights leave room for KV, which Llama-3.1-70B's on 2 GPUs do not.
 """
 
 from __future__ import annotations
@@ -100,5 +104,49 @@ PROFILES: Final[dict[str, EngineProfile]] = {
         prefill_pair_s=1.35e-9,
         decode_request_s=27.0e-6,
         decode_context_token_s=27.3e-9,
+    ),
+    "llama-3.1-70b-h100x8": EngineProfile(
+        model="Llama-3.1-70B",
+        gpus=8,
+        kv_bytes_per_token=327_680,
+        weights_bytes=141e9,
+        step_base_s=10.5e-3,
+        prefill_token_s=43.6e-6,
+        prefill_pair_s=0.615e-9,
+        decode_request_s=25.9e-6,
+        decode_context_token_s=13.7e-9,
+    ),
+    "llama-3.3-70b-fp8-h100x2": EngineProfile(
+        model="Llama-3.3-70B-FP8",
+        gpus=2,
+        kv_bytes_per_token=327_680,
+        weights_bytes=72.7e9,
+        step_base_s=17.01e-3,
+        prefill_token_s=79.2e-6,
+        prefill_pair_s=4.77e-9,
+        decode_request_s=93.9e-6,
+        decode_context_token_s=59.8e-9,
+    ),
+    "llama-3.3-70b-fp8-h100x4": EngineProfile(
+        model="Llama-3.3-70B-FP8",
+        gpus=4,
+        kv_bytes_per_token=327_680,
+        weights_bytes=72.7e9,
+        step_base_s=12.50e-3,
+        prefill_token_s=47.2e-6,
+        prefill_pair_s=2.50e-9,
+        decode_request_s=70.9e-6,
+        decode_context_token_s=30.6e-9,
+    ),
+    "llama-3.3-70b-fp8-h100x8": EngineProfile(
+        model="Llama-3.3-70B-FP8",
+        gpus=8,
+        kv_bytes_per_token=327_680,
+        weights_bytes=72.7e9,
+        step_base_s=9.80e-3,
+        prefill_token_s=33.6e-6,
+        prefill_pair_s=0.91e-9,
+        decode_request_s=55.8e-6,
+        decode_context_token_s=20.8e-9,
     ),
 }

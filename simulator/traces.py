@@ -22,7 +22,7 @@ import gzip
 import json
 import reprlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
@@ -56,17 +56,6 @@ class TracedRequest(NamedTuple):
     client: str = ""
 
 
-class _Line(NamedTuple):
-    """One of the file, in no format's own terms."""
-
-    number: int
-    time_s: float
-    input_tokens: int
-    output_tokens: int
-    block_ids: tuple[int, ...]
-    client: str
-
-
 def read(path: Path) -> Iterator[TracedRequest]:
     """The requests, in the order of their arrival. Raises TraceError while reading."""
     try:
@@ -78,57 +67,37 @@ def read(path: Path) -> Iterator[TracedRequest]:
         raise TraceError(f"{path} can't be read: {error.strerror}; name a trace file") from None
 
 
-def _checked(path: Path, lines: Iterator[_Line]) -> Iterator[TracedRequest]:
+def _checked(path: Path, lines: Iterable[tuple[int, TracedRequest]]) -> Iterator[TracedRequest]:
+    """Times count from the first request on. Takes each line's number, for what is wrong."""
     first_s = before_s = None
-    for line in lines:
-        if before_s is not None and line.time_s < before_s:
+    for number, request in lines:
+        at_s = request.arrival_s
+        if first_s is None or before_s is None:
+            first_s = before_s = at_s
+        if at_s < before_s:
             raise _wrong(
-                path, line.number, f"its time {line.time_s} s is before {before_s} s, the time of "
-                "the request above it; sort the trace by time",
+                path, number, f"its time {at_s} s is before {before_s} s, the time of the request "
+                "above it; sort the trace by time",
             )  # fmt: skip
-        before_s = line.time_s
-        if first_s is None:
-            first_s = line.time_s
-        yield TracedRequest(
-            line.time_s - first_s,
-            line.input_tokens,
-            line.output_tokens,
-            line.block_ids,
-            line.client,
-        )
+        before_s = at_s
+        yield TracedRequest(at_s - first_s, *request[1:])
     if first_s is None:
         raise TraceError(f"{path} holds no requests")
 
 
-def _lines(path: Path, file: IO[str]) -> Iterator[_Line]:
+def _lines(path: Path, file: IO[str]) -> Iterator[tuple[int, TracedRequest]]:
+    """Requests on the file's own clock, and their lines' numbers."""
     start = file.read(_START_CHARACTERS).lstrip()[:1]
     file.seek(0)
     if start in ("", "{"):
         for number, text in enumerate(file, 1):
             if text.strip():
-                yield _from_json(path, number, text)
+                yield number, _from_json(path, number, text)
         return
-    rows = csv.reader(file)
-    header = next(_rows(path, rows))
-    columns = {name.strip(): place for place, name in enumerate(header)}
-    reader = next((read for names, read in _CSV_FORMATS if names <= columns.keys()), None)
-    if reader is None:
-        known = "; ".join(", ".join(sorted(names)) for names, _ in _CSV_FORMATS)
-        raise _wrong(path, 1, f"it names neither JSON nor the columns of a known CSV ({known})")
-    for row in _rows(path, rows):
-        number = rows.line_num
-        if row and (line := reader(path, number, _cells(path, number, columns, row))) is not None:
-            yield line
+    yield from _from_csv(path, file)
 
 
-def _rows(path: Path, rows: Any) -> Iterator[list[str]]:
-    try:
-        yield from rows
-    except csv.Error as error:
-        raise _wrong(path, rows.line_num, f"it is no CSV: {error}") from None
-
-
-def _from_json(path: Path, number: int, text: str) -> _Line:
+def _from_json(path: Path, number: int, text: str) -> TracedRequest:
     try:
         entry = json.loads(text)
     except ValueError as error:  # Also a number of thousands of digits.
@@ -163,67 +132,82 @@ def _from_json(path: Path, number: int, text: str) -> _Line:
         )  # fmt: skip
     client = entry.get("client")
     client = "" if client is None else str(client)
-    return _Line(number, time_ms / 1000, input_tokens, output_tokens, tuple(block_ids), client)
+    return TracedRequest(time_ms / 1000, input_tokens, output_tokens, tuple(block_ids), client)
 
 
-def _from_azure(path: Path, number: int, cells: Mapping[str, str]) -> _Line:
-    text = cells["TIMESTAMP"]
+def _date_s(path: Path, number: int, name: str, text: str) -> float:
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
         raise _wrong(
-            path, number, f"TIMESTAMP is {reprlib.repr(text)}; it must be a date and time"
+            path, number, f"{name} is {reprlib.repr(text)}; it must be a date and time"
         ) from None
     # Azure's times are UTC and do not say so; local time would jump twice a year.
-    time_s = (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-    return _Line(
-        number,
-        time_s,
-        _cell_count(path, number, "ContextTokens", cells),
-        _cell_count(path, number, "GeneratedTokens", cells),
-        (),
-        "",
-    )
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
-def _from_burstgpt(path: Path, number: int, cells: Mapping[str, str]) -> _Line | None:
-    text = cells["Timestamp"]
+def _seconds(path: Path, number: int, name: str, text: str) -> float:
     try:
         time_s = float(text)
     except ValueError:
         time_s = -1.0
     if not 0 <= time_s < _NEVER_S:
-        raise _wrong(
-            path, number, f"Timestamp is {reprlib.repr(text)}; it must be seconds, 0 or more"
-        )
-    if cells["Response tokens"].strip() == "0":
-        return None
-    return _Line(
-        number,
-        time_s,
-        _cell_count(path, number, "Request tokens", cells),
-        _cell_count(path, number, "Response tokens", cells),
-        (),
-        "",
-    )
+        raise _wrong(path, number, f"{name} is {reprlib.repr(text)}; it must be seconds, 0 or more")
+    return time_s
 
 
-_CSV_FORMATS: Final[
-    list[tuple[frozenset[str], Callable[[Path, int, Mapping[str, str]], _Line | None]]]
-] = [
-    (frozenset({"TIMESTAMP", "ContextTokens", "GeneratedTokens"}), _from_azure),
-    (frozenset({"Timestamp", "Request tokens", "Response tokens"}), _from_burstgpt),
-]
+class _CsvFormat(NamedTuple):
+    """The columns that tell of a request."""
+
+    time: str
+    input_tokens: str
+    output_tokens: str
+    time_s: Callable[[Path, int, str, str], float]
+    holds_failures: bool
+    """Requests without output."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self[:3]
 
 
-def _cells(path: Path, number: int, columns: Mapping[str, int], row: list[str]) -> dict[str, str]:
-    if len(row) < len(columns):
-        raise _wrong(path, number, f"it has {len(row)} columns; the first line has {len(columns)}")
-    return {name: row[place] for name, place in columns.items()}
+_CSV_FORMATS: Final = (
+    _CsvFormat("TIMESTAMP", "ContextTokens", "GeneratedTokens", _date_s, holds_failures=False),
+    _CsvFormat("Timestamp", "Request tokens", "Response tokens", _seconds, holds_failures=True),
+)
 
 
-def _cell_count(path: Path, number: int, name: str, cells: Mapping[str, str]) -> int:
-    text = cells[name].strip()
+def _from_csv(path: Path, file: IO[str]) -> Iterator[tuple[int, TracedRequest]]:
+    rows = csv.reader(file)
+    try:
+        header = [name.strip() for name in next(rows)]
+        form = next((each for each in _CSV_FORMATS if set(each.names) <= set(header)), None)
+        if form is None:
+            known = "; ".join(", ".join(each.names) for each in _CSV_FORMATS)
+            raise _wrong(path, 1, f"it names neither JSON nor the columns of a known CSV ({known})")
+        time_at, input_at, output_at = map(header.index, form.names)
+        for row in rows:
+            number = rows.line_num
+            if row and len(row) < len(header):
+                raise _wrong(
+                    path, number, f"it has {len(row)} columns; the first line has {len(header)}"
+                )
+            if not row or (form.holds_failures and row[output_at].strip() == "0"):
+                continue
+            yield (
+                number,
+                TracedRequest(
+                    form.time_s(path, number, form.time, row[time_at]),
+                    _cell_count(path, number, form.input_tokens, row[input_at]),
+                    _cell_count(path, number, form.output_tokens, row[output_at]),
+                ),
+            )
+    except csv.Error as error:
+        raise _wrong(path, rows.line_num, f"it is no CSV: {error}") from None
+
+
+def _cell_count(path: Path, number: int, name: str, cell: str) -> int:
+    text = cell.strip()
     is_count = text.isdecimal() and len(text) <= _COUNT_DIGITS
     return _count(path, number, name, int(text) if is_count else text)
 

@@ -193,10 +193,6 @@ class TicketStory:
         }
 
 
-_LOOKED_AT: Final = 2
-"""Of the oldest stories, with each that is added."""
-
-
 class RecordBook:
     """The latest stories by ticket id; the oldest that are over make room."""
 
@@ -234,8 +230,9 @@ class RecordBook:
     def _add(self, story: TicketStory) -> None:
         self._stories[story.id] = story
         excess = len(self._stories) - self._kept
-        # While all of many are under way, each comes up in its turn: none is looked for.
-        for _ in range(min(max(0, excess), _LOOKED_AT)):
+        # Those under way stay, and are passed over: two looks for each that comes suffice for not
+        # many more than are under way to pile up, however many that are.
+        for _ in range(min(2, max(0, excess))):
             _, oldest = self._stories.popitem(last=False)
             if oldest.under_way:
                 self._stories[oldest.id] = oldest

@@ -1,0 +1,223 @@
+"""What `baton simulate` is asked: what was typed, read and checked.
+
+Everything that can't be run is refused here with a sentence, before anything is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from engine.latency_model import StepTimes, StepWork
+from engine.profiles import PROFILES, EngineProfile
+from protos.errors import ConfigError, nearest
+from router.core.joint import Slo
+from simulator import traces, workloads
+from simulator.cluster import Layout
+from simulator.traces import TracedRequest
+
+_SLO: Final = re.compile(r"^(\d+(?:\.\d+)?)(ms|s),(\d+(?:\.\d+)?)(ms|s)$")
+_SEEN_FOR_SLO: Final = 1000
+"""Requests of a workload that an SLO is held against before it is run."""
+ATTAINMENT: Final = 0.9
+"""Of a plan, unless it is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What was typed."""
+
+    workload: str
+    """A trace's path, or the name of a synthetic one."""
+    model: str
+    gpus: int
+    """Of a plan: at most."""
+    prefill: int | None
+    """Engines that only compute prompts."""
+    policy: str
+    slo: str
+    rate_rps: float | None
+    minutes: float
+    seed: int
+    reports: tuple[Path, ...]
+    plan: bool
+    attainment: float | None
+    """The share of requests that a plan is to serve as promised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The same requests, as often as wanted."""
+
+    name: str
+    rate_rps: float | None
+    end_s: float
+    seed: int
+    trace_factor: float
+    """By which a trace is sped up for `rate_rps`."""
+
+    def requests(self) -> Iterator[TracedRequest]:
+        """In the order of their arrival."""
+        made = workloads.SYNTHETIC.get(self.name)
+        if made is not None:
+            assert self.rate_rps is not None, "it was asked for"
+            return made(workloads.Wish(self.rate_rps, self.end_s, self.seed))
+        requests = workloads.sped_up(traces.read(Path(self.name)), self.trace_factor)
+        return workloads.until(requests, self.end_s)
+
+    def extent(self) -> tuple[int, float]:
+        """How many requests, and when the last arrives, in seconds."""
+        count, last_s = 0, 0.0
+        for request in self.requests():
+            count, last_s = count + 1, request.arrival_s
+        return count, last_s
+
+
+def read_workload(question: Question) -> Workload:
+    """Raises ConfigError for a name that is none; a trace is read only if its rate is wanted."""
+    name, rate_rps = question.workload, question.rate_rps
+    factor = 1.0
+    if name in workloads.SYNTHETIC:
+        if rate_rps is None:
+            raise ConfigError(f"{name} needs --rate, in requests per second")
+    else:
+        path = Path(name)
+        if not path.exists() and "/" not in name and "." not in name:
+            near = nearest(name, workloads.SYNTHETIC)
+            raise ConfigError(
+                f"there is no trace {name!r}; did you mean {near!r}? Name a file, or one "
+                f"of {', '.join(workloads.SYNTHETIC)}"
+            )
+        if rate_rps is not None:
+            factor = rate_rps / _rate_rps(path)
+    return Workload(name, rate_rps, question.minutes * 60, question.seed, factor)
+
+
+def _rate_rps(path: Path) -> float:
+    count, last_s = 0, 0.0
+    for request in traces.read(path):
+        count, last_s = count + 1, request.arrival_s
+    if not last_s:
+        raise ConfigError(f"{path} has no rate to speed up: all arrive at once; leave --rate out")
+    return count / last_s
+
+
+def begin_of(question: Question, workload: Workload) -> list[TracedRequest]:
+    """Its first requests. Raises ConfigError if there are none."""
+    begin = list(itertools.islice(workload.requests(), _SEEN_FOR_SLO))
+    if not begin:
+        raise ConfigError(
+            f"nothing of {question.workload} arrives within {question.minutes:g} minutes; raise "
+            "--minutes or --rate"
+        )
+    return begin
+
+
+def read_slo(text: str) -> Slo:
+    """`2s,50ms`: time to first token, time per output token."""
+    match = _SLO.match(text.replace(" ", ""))
+    if match is None:
+        raise ConfigError(
+            f"--slo {text!r} can't be read; write the time to first token and the time per output "
+            "token, as in --slo 2s,50ms"
+        )
+    ttft, ttft_unit, tpot, tpot_unit = match.groups()
+    scale = {"ms": 1e-3, "s": 1.0}
+    slo = Slo(float(ttft) * scale[ttft_unit], float(tpot) * scale[tpot_unit])
+    if not (slo.ttft_s > 0 and slo.tpot_s > 0):
+        raise ConfigError(f"--slo {text!r} leaves no time at all; both must be above 0")
+    return slo
+
+
+def read_profile(question: Question) -> EngineProfile:
+    """Raises ConfigError for a name that is none."""
+    profile = PROFILES.get(question.model)
+    if profile is None:
+        near = nearest(question.model, PROFILES)
+        raise ConfigError(
+            f"there is no engine {question.model!r}; did you mean {near!r}? "
+            f"There are {', '.join(PROFILES)}"
+        )
+    return profile
+
+
+def read_layout(question: Question) -> Layout:
+    """Of a question that is no plan."""
+    profile = read_profile(question)
+    if question.attainment is not None:
+        raise ConfigError("--attainment says what --plan is to reach; add --plan or leave it out")
+    engines, rest = divmod(question.gpus, profile.gpus)
+    if rest or engines < 1:
+        raise ConfigError(
+            f"--gpus {question.gpus} is no whole number of engines: {question.model} runs on "
+            f"{profile.gpus}"
+        )
+    prefill = question.prefill or 0
+    if not 0 <= prefill < engines:
+        raise ConfigError(f"--prefill {prefill} leaves no engine to decode: there are {engines}")
+    return Layout(profile, prefill, engines - prefill)
+
+
+def read_profiles(question: Question) -> list[EngineProfile]:
+    """What a plan chooses from: all degrees of tensor parallelism that are known of a model."""
+    profile = read_profile(question)
+    if question.prefill is not None:
+        raise ConfigError("--plan finds the number of prefill engines; leave --prefill out")
+    profiles = [each for each in PROFILES.values() if each.model == profile.model]
+    fitting = [each for each in profiles if each.gpus <= question.gpus]
+    if not fitting:
+        least = min(each.gpus for each in profiles)
+        raise ConfigError(
+            f"--gpus {question.gpus} is too few: {profile.model} runs on {least} or more"
+        )
+    return fitting
+
+
+def check_reachable(
+    profiles: Sequence[EngineProfile], slo: Slo, requests: Sequence[TracedRequest]
+) -> list[EngineProfile]:
+    """Those on which some request could meet the SLO, alone on an idle engine. If there is none,
+    the SLO is a mistake, not a result: raises ConfigError with the best that is reachable."""
+    alone = [(profile, *_alone_s(profile, requests)) for profile in profiles]
+    reached = [
+        profile
+        for profile, ttft_s, tpot_s in alone
+        if slo.ttft_s >= ttft_s and slo.tpot_s >= tpot_s
+    ]
+    if not reached:
+        best = " or ".join(
+            f"{in_units(ttft_s)},{in_units(tpot_s)} on {gpus_of(profile.gpus)}"
+            for profile, ttft_s, tpot_s in alone
+        )
+        raise ConfigError(
+            f"no request can meet --slo {in_units(slo.ttft_s)},{in_units(slo.tpot_s)} even alone "
+            f"on {alone[0][0].model}; the best reachable is {best}"
+        )
+    return reached
+
+
+def _alone_s(profile: EngineProfile, requests: Sequence[TracedRequest]) -> tuple[float, float]:
+    """The least TTFT and TPOT of these requests."""
+    times = StepTimes(profile.timing(1))
+    ttft_s, tpot_s = float("inf"), float("inf")
+    for request in requests:
+        prompt, token = StepWork(), StepWork()
+        prompt.add_prefill(request.input_tokens, 0)
+        token.add_decode(request.input_tokens)
+        ttft_s = min(ttft_s, times.step_s(prompt))
+        tpot_s = min(tpot_s, times.step_s(token))
+    return ttft_s, tpot_s
+
+
+def in_units(seconds: float) -> str:
+    """As `--slo` is written."""
+    return f"{seconds:.3g}s" if seconds >= 1 else f"{seconds * 1e3:.3g}ms"
+
+
+def gpus_of(count: int) -> str:
+    """In words."""
+    return "1 GPU" if count == 1 else f"{count} GPUs"

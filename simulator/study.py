@@ -1,0 +1,49 @@
+"""One workload, policy and SLO, run on one layout after another, at one speed or another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.core.joint import Slo
+from simulator.cluster import Layout
+from simulator.experiment import Outcome, run
+from simulator.progress import Bar
+from simulator.question import Workload
+from simulator.workloads import sped_up
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """See the module."""
+
+    workload: Workload
+    policy: str
+    slo: Slo
+    seed: int
+    requests: int
+    """How many there are."""
+    last_s: float
+    """When the last one arrives."""
+    bar: Bar
+
+    def run(
+        self, layout: Layout, *, factor: float = 1.0, misses_allowed: int | None = None,
+        runs_after: int = 0,
+    ) -> Outcome:  # fmt: skip
+        """The requests `factor` times as fast; at most so many runs will follow."""
+        at = f" at {factor:g} times the rate" if factor != 1 else ""
+        self.bar.begin(f"{in_words(layout)}{at}", runs_after)
+        requests = sped_up(self.bar.watched(self.workload.requests(), self.requests), factor)
+        outcome = run(
+            layout, self.policy, self.slo, requests, self.seed, misses_allowed=misses_allowed
+        )
+        self.bar.end()
+        return outcome
+
+
+def in_words(layout: Layout) -> str:
+    """`1 prefill and 3 decode engines`."""
+    engines = layout.prefill + layout.decode
+    if not layout.prefill:
+        return f"{engines} engine{'s' * (engines > 1)} for both"
+    return f"{layout.prefill} prefill and {layout.decode} decode engine{'s' * (layout.decode > 1)}"
