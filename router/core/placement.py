@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from kvstore.index import KvIndex
 from protos.ids import RequestKey, WorkerId
-from router.core.events import Role, Shape
+from router.core.events import PrefixFetch, Role, Shape
 from router.core.workers import Worker, WorkerPool
 
 REQUEST_WORK_TOKENS: Final = 32
@@ -83,6 +83,8 @@ class Decision:
     """What the prompt's length was held against, if it was."""
     predicted: Predicted | None = None
     """By policies that predict times."""
+    fetch: PrefixFetch | None = None
+    """What the worker that computes the prompt fetches of it first."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -93,6 +95,7 @@ class Decision:
             "prefill": self.prefill,
             "local_prefill_max_tokens": self.local_prefill_max_tokens,
             "predicted": None if self.predicted is None else self.predicted._asdict(),
+            "fetch": None if self.fetch is None else self.fetch._asdict(),
             "candidates": [
                 {
                     "worker": each.worker,

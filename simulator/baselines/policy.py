@@ -15,7 +15,7 @@ from random import Random
 from typing import ClassVar, NamedTuple
 
 from protos.ids import RequestKey, WorkerId
-from router.core.events import Role, Shape
+from router.core.events import PrefixFetch, Role, Shape
 from router.core.placement import Candidate, Decision, Reason, View, never_split_because
 from router.core.workers import Worker
 from simulator.baselines.counting import Counts
@@ -58,6 +58,8 @@ class Choice(NamedTuple):
     candidates: list[Candidate]
     uncached_tokens: int = 0
     prefill_ns: int = 0
+    fetch: PrefixFetch | None = None
+    """What of its prompt it gets from another."""
 
 
 def least(candidates: Sequence[Candidate], rng: Random) -> WorkerId:
@@ -142,7 +144,7 @@ class PeerPolicy(ABC):
     ) -> Decision:
         choice = self.choose(ask, workers, Part.WHOLE)
         self.count(ask, key, choice, choice)
-        return self._decision(ask, reason, choice.worker, None, choice.candidates)
+        return self._decision(ask, reason, choice.worker, None, choice.candidates, choice.fetch)
 
     def _place_generation(self, ask: Ask, key: RequestKey, decode: Sequence[Worker]) -> Decision:
         choice = self.choose(ask, decode, Part.DECODE)
@@ -156,13 +158,17 @@ class PeerPolicy(ABC):
         if second is None:
             assert first is not None, "a policy chooses at least one worker"
             self.count(ask, key, first, None)
-            return self._decision(ask, Reason.LONG_PROMPT, None, first.worker, first.candidates)
+            return self._decision(
+                ask, Reason.LONG_PROMPT, None, first.worker, first.candidates, first.fetch
+            )
         if first is None:
             self.count(ask, key, second, second)
             return self._decision(ask, Reason.SHORT_PROMPT, second.worker, None, second.candidates)
         self.count(ask, key, first, second)
         candidates = first.candidates + second.candidates
-        return self._decision(ask, Reason.LONG_PROMPT, second.worker, first.worker, candidates)
+        return self._decision(
+            ask, Reason.LONG_PROMPT, second.worker, first.worker, candidates, first.fetch
+        )
 
     def _decision(
         self,
@@ -171,8 +177,9 @@ class PeerPolicy(ABC):
         worker: WorkerId | None,
         prefill: WorkerId | None,
         candidates: list[Candidate],
+        fetch: PrefixFetch | None = None,
     ) -> Decision:
         return Decision(
             reason, ask.shape.prompt_tokens, worker, prefill, self.compared, candidates,
-            self.split_above_tokens,
+            self.split_above_tokens, fetch=fetch,
         )  # fmt: skip

@@ -33,7 +33,7 @@ from router.core.events import (
     WorkerUp,
 )
 from router.core.moves import CoreSettings
-from router.core.placement import LeastPredictedWork
+from router.core.placement import LeastPredictedWork, Placement
 from router.core.records import Record
 from router.core.router import RouterCore
 
@@ -58,8 +58,10 @@ def key(request_id: str = "a", front: int = 0) -> RequestKey:
 class Drive:
     """A core and its clock. Each method feeds one event and returns the commands."""
 
-    def __init__(self, settings: CoreSettings = SETTINGS) -> None:
-        self.core = RouterCore(settings, LeastPredictedWork(lambda n: 0))
+    def __init__(
+        self, settings: CoreSettings = SETTINGS, placement: Placement | None = None
+    ) -> None:
+        self.core = RouterCore(settings, placement or LeastPredictedWork(lambda n: 0))
         self.now_s = 100.0
 
     def feed(self, event: Event) -> list[Any]:
