@@ -22,8 +22,8 @@ Ignores: output lengths, KV on decode workers, later moves.
 
 Deviations:
 
-- theta is unpublished ("adjusted manually"): a knob. The default is what served the conversation
-  trace best of those tried (benchmarks/results/mooncake.md). c_i = 0 is an infinite ratio.
+- theta is unpublished ("adjusted manually"): a knob. Of those tried on the conversation trace 1 to
+  4 serve it best (benchmarks/results/mooncake-scheduling.md). c_i = 0 is an infinite ratio.
 - Transfers do not slow each other down here, so T_x knows no congestion of the sender.
 - Rejection, early or not, is no part of placement and is left out.
 - Upstream is for disaggregated clusters only. Whole requests are placed by TTFT.
