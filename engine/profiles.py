@@ -48,6 +48,8 @@ class EngineProfile:
     max_model_len_tokens: int = 131_072
     kv_tokens_reported: int | None = None
     """What its KV cache holds, where that is known better than it can be computed."""
+    link_bytes_s: float = _LINK_BYTES_S
+    """A GPU's part of what reaches other engines."""
 
     @property
     def kv_tokens(self) -> int:
@@ -66,7 +68,7 @@ class EngineProfile:
             prefill_pair_s=self.prefill_pair_s,
             decode_request_s=self.decode_request_s,
             decode_context_token_s=self.decode_context_token_s,
-            transfer_block_s=block_bytes / (self.gpus * _LINK_BYTES_S),
+            transfer_block_s=block_bytes / (self.gpus * self.link_bytes_s),
         )
 
 

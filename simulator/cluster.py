@@ -89,6 +89,7 @@ class Cluster:
             max_requests=1 << 30,
             index_block_tokens=layout.block_tokens,
             promises=promises,
+            fetches_prefixes=True,
         )
         self.router = RouterCore(settings, placement)
         manifests: dict[bytes, dict[str, object]] = {}
@@ -181,7 +182,11 @@ class Cluster:
 
             def deliver(now_s: float) -> None:
                 if isinstance(command, Submit):
-                    worker.submit(now_s, command, self._asked[command.key])
+                    asked, lent = self._asked[command.key], None
+                    if (fetch := command.fetch) is not None:
+                        hashes = asked.prompt_hashes[: fetch.blocks]
+                        lent = self.workers[fetch.worker].lend(hashes)
+                    worker.submit(now_s, command, asked, lent)
                 else:
                     worker.abort(now_s, command)
                 self._wake(now_s, worker)

@@ -47,13 +47,13 @@ class Outcome:
     """Until its last request ended."""
     prompt_tokens: int
     cached_tokens: int
-    """Of prompts, where they were computed."""
+    """Of prompts, where they were computed or fetched from a cache to there."""
     busy: Mapping[WorkerId, float]
     """The share of the time in which each worker computed."""
 
     @property
     def hit_rate(self) -> float:
-        """The share of prompt tokens that were cached where they were wanted."""
+        """The share of prompt tokens that were not computed, since a cache had them."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 

@@ -15,7 +15,7 @@ from typing import Final
 from engine.latency_model import StepTimes, StepWork
 from engine.profiles import PROFILES, EngineProfile
 from protos.errors import ConfigError, nearest
-from router.core.joint import Slo
+from router.core.costs import Slo
 from simulator import traces, workloads
 from simulator.cluster import Layout
 from simulator.traces import TracedRequest

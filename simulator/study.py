@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from router.core.joint import Slo
+from router.core.costs import Slo
 from simulator.cluster import Layout
 from simulator.experiment import Outcome, run
 from simulator.progress import Bar

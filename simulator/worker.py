@@ -52,7 +52,7 @@ class _Attempt:
     request: CountedRequest
     told_tokens: int
     """Output tokens that the router knows."""
-    fetched: bool
+    handed_over: bool
     """Another worker computed its prompt."""
 
 
@@ -83,7 +83,8 @@ class SimulatedWorker:
     busy_s: float = 0.0
     """Time in which it computed."""
     cached_tokens: int = 0
-    """Prompt tokens that were in its own cache when they were to be computed here."""
+    """Prompt tokens that were to be computed here and were not, since they were in its own cache or
+    in one that they were fetched from."""
 
     def __post_init__(self) -> None:
         limits = SimulatedLimits(
@@ -118,11 +119,22 @@ class SimulatedWorker:
         """Its first report."""
         return CacheReported(self.id, INCARNATION, CacheSnapshot(0, ()))
 
-    def submit(self, now_s: float, command: Submit, asked: Asked) -> None:
-        """Take a router's request."""
+    def lend(self, hashes: Sequence[bytes]) -> Manifest:
+        """What of these blocks is here for another worker to read. They are read as they are now,
+        whatever becomes of them here."""
+        blocks = self._engine.lend(hashes)
+        tokens = blocks * self.block_tokens
+        return Manifest(self.id, request_id="", block_ids=(), tokens=tokens, digest="")
+
+    def submit(
+        self, now_s: float, command: Submit, asked: Asked, lent: Manifest | None = None
+    ) -> None:
+        """Take a router's request; where it says what to fetch of the prompt, with what was lent
+        of that."""
         self._interrupt(now_s)
         known = asked.prompt_tokens + len(command.output_token_ids)
         self._arrivals += 1
+        handed_over = self._manifest(command.manifest)
         request_id = f"{command.key}#{command.attempt}"
         request = CountedRequest(
             request_id=request_id,
@@ -131,12 +143,12 @@ class SimulatedWorker:
             known_tokens=known,
             max_tokens=known + 1 if command.hand_off else self._longest(asked),
             hand_off=command.hand_off,
-            source=self._manifest(command.manifest),
+            source=handed_over or lent,
             prompt_hashes=asked.prompt_hashes,
         )
         self._attempts[request_id] = _Attempt(
             command.key, command.attempt, request, len(command.output_token_ids),
-            fetched=request.source is not None,
+            handed_over=handed_over is not None,
         )  # fmt: skip
         self._engine.enter(request)
 
@@ -205,8 +217,8 @@ class SimulatedWorker:
                 self.manifests[manifest] = output.kv_transfer_params
         use = None
         if (stats := output.prefill_stats) is not None:
-            if not attempt.fetched:
-                self.cached_tokens += stats.num_local_cached_tokens
+            if not attempt.handed_over:
+                self.cached_tokens += stats.num_cached_tokens
             use = PromptUse(
                 stats.num_prompt_tokens, stats.num_computed_tokens, stats.num_local_cached_tokens,
                 stats.num_external_cached_tokens,

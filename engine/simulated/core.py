@@ -183,6 +183,13 @@ class SimulatedCore:
         self._previous_finish_s = now_s
         return step
 
+    def lend(self, hashes: Sequence[bytes]) -> int:
+        """How many of these blocks, from the first on, another engine can read here now. To the
+        cache that is a use of them."""
+        cached = self._pool.match(hashes)
+        self._pool.release(self._pool.hold(cached, 0))
+        return len(cached)
+
     def take_cache_changes(self) -> tuple[list[bytes], list[bytes]]:
         """Hashes of blocks that left the prefix cache, and of those in it that came, since the last
         call."""

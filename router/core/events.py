@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
@@ -318,6 +318,14 @@ Event: TypeAlias = (
 # Commands
 
 
+class PrefixFetch(NamedTuple):
+    """A prompt's beginning that another worker holds, to be fetched before the rest is computed."""
+
+    worker: WorkerId
+    blocks: int
+    """Of the KV index's size."""
+
+
 @dataclass(frozen=True, slots=True)
 class Submit:
     """resume(tokens so far, manifest of where the prompt's blocks are) on a worker."""
@@ -329,6 +337,8 @@ class Submit:
     output_token_ids: tuple[int, ...] = ()
     manifest: bytes = b""
     hand_off: bool = False
+    fetch: PrefixFetch | None = None
+    """Only where `CoreSettings.fetches_prefixes`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ class CoreSettings:
     """KV blocks that the index knows at most."""
     resume_streams: bool = False
     """Resume a stream whose worker died after adding to it; else its client is told."""
+    fetches_prefixes: bool = False
+    """Workers can fetch a prompt's beginning from each other's caches: only simulated ones can."""
 
 
 class Moves:
@@ -132,15 +134,22 @@ class Moves:
             request.reservation = Reservation(worker, requests=1).take()
         if request.position:
             assert worker is not None, "one that goes on needs a worker"
+            assert decision.fetch is None, "one that goes on has a manifest, or computes its prompt"
             self._resume_on(now_s, request, worker)
             return
+        fetch = decision.fetch
+        assert fetch is None or self._settings.fetches_prefixes, (
+            "the policy has a worker fetch a prefix, which these workers can't"
+        )
         hand_off = decision.prefill is not None
         first = self._chosen(decision.prefill) if hand_off else worker
         assert first is not None, "a decision names a worker"
         trigger = Trigger.PREFILL_SUBMITTED if hand_off else Trigger.WHOLE_SUBMITTED
         request.reserve_prefill(first)
         attempt = self._start(now_s, request, first, trigger)
-        self.outbox.note(Submit(first.id, request.key, attempt, request.payload, hand_off=hand_off))
+        self.outbox.note(
+            Submit(first.id, request.key, attempt, request.payload, hand_off=hand_off, fetch=fetch)
+        )
 
     def _chosen(self, worker_id: WorkerId | None) -> Worker | None:
         if worker_id is None:

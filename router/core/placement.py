@@ -18,7 +18,7 @@ from kvstore.index import KvIndex
 from protos.ids import RequestKey, WorkerId
 from router.core.backlog import Before
 from router.core.candidates import KEPT, Candidate
-from router.core.events import Role, Shape
+from router.core.events import PrefixFetch, Role, Shape
 from router.core.workers import Worker, WorkerPool
 
 REQUEST_WORK_TOKENS: Final = 32
@@ -79,6 +79,8 @@ class Decision:
     """By policies that predict times."""
     left_out: int = 0
     """How many more were compared; each costs no less than those of its part that are kept."""
+    fetch: PrefixFetch | None = None
+    """What the worker that computes the prompt fetches of it first."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -89,6 +91,7 @@ class Decision:
             "prefill": self.prefill,
             "local_prefill_max_tokens": self.local_prefill_max_tokens,
             "predicted": None if self.predicted is None else self.predicted._asdict(),
+            "fetch": None if self.fetch is None else self.fetch._asdict(),
             "candidates": [
                 {
                     "worker": each.worker,

@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 
 from protos.ids import RequestKey, WorkerId
 from router.core.candidates import Candidate
-from router.core.events import Role, Shape
+from router.core.events import PrefixFetch, Role, Shape
 from router.core.placement import Decision, Reason, Uncounted, View, never_split_because
 from router.core.workers import Worker
 from simulator.baselines.counting import Counts
@@ -59,6 +59,8 @@ class Choice(NamedTuple):
     candidates: list[Candidate]
     uncached_tokens: int = 0
     prefill_ns: int = 0
+    fetch: PrefixFetch | None = None
+    """What of its prompt it gets from another."""
 
 
 def least(candidates: Sequence[Candidate], rng: Random) -> WorkerId:
@@ -143,7 +145,7 @@ class PeerPolicy(Uncounted, ABC):
     ) -> Decision:
         choice = self.choose(ask, workers, Part.WHOLE)
         self.count(ask, key, choice, choice)
-        return self._decision(ask, reason, choice.worker, None, choice.candidates)
+        return self._decision(ask, reason, choice.worker, None, choice.candidates, choice.fetch)
 
     def _place_generation(self, ask: Ask, key: RequestKey, decode: Sequence[Worker]) -> Decision:
         choice = self.choose(ask, decode, Part.DECODE)
@@ -157,13 +159,17 @@ class PeerPolicy(Uncounted, ABC):
         if second is None:
             assert first is not None, "a policy chooses at least one worker"
             self.count(ask, key, first, None)
-            return self._decision(ask, Reason.LONG_PROMPT, None, first.worker, first.candidates)
+            return self._decision(
+                ask, Reason.LONG_PROMPT, None, first.worker, first.candidates, first.fetch
+            )
         if first is None:
             self.count(ask, key, second, second)
             return self._decision(ask, Reason.SHORT_PROMPT, second.worker, None, second.candidates)
         self.count(ask, key, first, second)
         candidates = first.candidates + second.candidates
-        return self._decision(ask, Reason.LONG_PROMPT, second.worker, first.worker, candidates)
+        return self._decision(
+            ask, Reason.LONG_PROMPT, second.worker, first.worker, candidates, first.fetch
+        )
 
     def _decision(
         self,
@@ -172,8 +178,9 @@ class PeerPolicy(Uncounted, ABC):
         worker: WorkerId | None,
         prefill: WorkerId | None,
         candidates: list[Candidate],
+        fetch: PrefixFetch | None = None,
     ) -> Decision:
         return Decision(
             reason, ask.shape.prompt_tokens, worker, prefill, self.compared, candidates,
-            self.split_above_tokens,
+            self.split_above_tokens, fetch=fetch,
         )  # fmt: skip

@@ -6,16 +6,21 @@ that decodes, and 10 us for each token of its context.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
-from router.core.events import Role
-from tests.simulator.test_baselines_common import Peer, costs, numbers
+from protos.ids import WorkerId
+from router.core.events import PrefixFetch, Role
+from tests.simulator.test_baselines_common import TIMING, Peer, costs, numbers
 
 
 def test_the_queue_and_the_prefill_are_predicted() -> None:
-    peer = Peer("mooncake", "p0 p1 d0")
+    peer = Peer("mooncake", "p0 p1 d0", theta=math.inf)
     peer.cached("p0", "abc")
     decision = peer.place("a", "abcd")
+    assert decision.fetch is None
     assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.020, "p1": 0.050})
     assert decision.prefill == "p0"
     # 20 ms wait at p0 now.
@@ -40,7 +45,7 @@ def test_the_first_of_equals_is_taken() -> None:
 
 
 def test_whole_requests_are_placed_by_their_time_to_first_token() -> None:
-    peer = Peer("mooncake", "d0 d1")
+    peer = Peer("mooncake", "d0 d1", theta=math.inf)
     peer.place_on("d0", 1, "xy", 20)
     peer.cached("d0", "abc")
     # d0: 30 ms of queue and 20 ms; d1: 50 ms. The first of equals.
@@ -68,16 +73,47 @@ def test_what_was_generated_is_context_too() -> None:
     assert numbers(peer.place("b", "a"), "d0")["context_tokens"] == 100
 
 
-@pytest.mark.parametrize(("theta", "would_fetch"), [(4.0, False), (3.9, True)])
-def test_theta_tells_where_a_prefix_would_be_fetched(theta: float, would_fetch: bool) -> None:
+def test_what_another_has_is_fetched_where_the_queue_is_shorter() -> None:
+    peer = Peer("mooncake", "p0 p1 d0", timing=replace(TIMING, transfer_block_s=0.002))
+    peer.cached("p0", "abc")
+    # p1 fetches 3 blocks in 6 ms, and computes the other 10 tokens as p0 would.
+    decision = peer.place("a", "abcd")
+    assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.020, "p1": 0.026})
+    assert (decision.prefill, decision.fetch) == ("p0", None)
+    decision = peer.place("b", "abcx")
+    assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.040, "p1": 0.026})
+    assert (decision.prefill, decision.fetch) == ("p1", PrefixFetch(WorkerId("p0"), 3))
+    # What waits at p1 is the prefill alone, with what was fetched.
+    assert numbers(peer.place("c", "abcy"), "p1", Role.PREFILL)["queue_s"] == pytest.approx(0.020)
+
+
+@pytest.mark.parametrize(("theta", "fetches"), [(4.0, False), (3.9, True)])
+def test_theta_says_how_much_longer_the_longest_must_be(theta: float, fetches: bool) -> None:
     peer = Peer("mooncake", "p0 p1 p2 d0", theta=theta)
     peer.cached("p0", "abcd")
     peer.cached("p1", "a")
     decision = peer.place("a", "abcd")
-    fetching = [
-        numbers(decision, worker, Role.PREFILL)["would_fetch"] for worker in ("p0", "p1", "p2")
+    transfers_s = [
+        numbers(decision, worker, Role.PREFILL)["transfer_s"] for worker in ("p0", "p1", "p2")
     ]
-    # p2 has nothing of it, which is less than any share.
-    assert fetching == [False, would_fetch, True]
-    # It is computed from what there is all the same.
-    assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.011, "p1": 0.040, "p2": 0.050})
+    # 0.1 ms a block. p2 has nothing of it, which is less than any share.
+    assert transfers_s == pytest.approx([0.0, 0.0003 if fetches else 0.0, 0.0004])
+    # Of a prompt that is there as a whole the last token is computed.
+    expected = {"p0": 0.011, "p1": 0.0113 if fetches else 0.040, "p2": 0.0114}
+    assert costs(decision, Role.PREFILL) == pytest.approx(expected)
+
+
+def test_only_the_prefill_pool_lends() -> None:
+    peer = Peer("mooncake", "p0 p1 d0")
+    peer.cached("d0", "abcd")
+    decision = peer.place("a", "abcd")
+    assert costs(decision, Role.PREFILL) == pytest.approx({"p0": 0.050, "p1": 0.050})
+    assert decision.fetch is None
+
+
+def test_whole_requests_fetch_too_but_not_those_that_go_on() -> None:
+    peer = Peer("mooncake", "d0 d1")
+    peer.place_on("d0", 1, "xyz")
+    peer.cached("d0", "abcd")
+    assert peer.place("a", "abcd").fetch == PrefixFetch(WorkerId("d0"), 4)
+    assert peer.place("b", "abcd", output_tokens=3).fetch is None

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.latency_model import StepTimes
+from engine.latency_model import StepTimes, StepWork
 from engine.profiles import PROFILES
 from engine.simulated.scheduler import Scheduler
+from protos.ids import WorkerId
 from router.core.costs import Slo
 from router.core.events import End, Ended
 from router.core.placement import Placement
@@ -117,6 +118,27 @@ def test_a_shared_prefix_is_computed_once_where_it_is_kept() -> None:
     # All but the last token of the prompt, whose state makes the first of the output.
     assert outcome.cached_tokens == 9 * 19 * 512
     assert outcome.hit_rate == pytest.approx(0.9 * 0.95)
+
+
+def test_a_prefix_is_fetched_from_the_worker_that_has_it() -> None:
+    layout, tokens = Layout(PROFILE, 2, 1), 20 * 512
+    asked = TracedRequest(0.0, tokens, 2, tuple(range(20)))
+    # The first of equals has the prefix, and then much else to do.
+    busy = TracedRequest(60.0, 40_000, 2)
+    setup = Setup(Random(1), StepTimes(PROFILE.timing(512)), 8192, 1024)
+    ends: dict[str, Ended] = {}
+    cluster = Cluster(layout, BASELINES["mooncake"](setup), lambda end: ends.update({end.key: end}))
+    cluster.run([asked, busy, asked._replace(arrival_s=60.01)])
+    for worker in cluster.workers.values():
+        worker.check_idle()
+    lender, fetcher = (cluster.workers[WorkerId(f"prefill-{n}")] for n in range(2))
+    # All but the last token, whose state makes the first of the output.
+    assert (lender.cached_tokens, fetcher.cached_tokens) == (0, tokens - 1)
+    work = StepWork()
+    work.add_decode(tokens - 1)  # One token after all others costs what a decode does.
+    waited_s = setup.times.transfer_s(20) + setup.times.step_s(work)
+    ttft_s = ends["0:2"].time_to_first_token_s
+    assert ttft_s == pytest.approx(2 * layout.link_s + waited_s)
 
 
 @pytest.mark.parametrize("policy", BASELINES)

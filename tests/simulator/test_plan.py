@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from engine.profiles import PROFILES
 from protos.ids import RequestKey, WorkerId
+from router.core.costs import Slo
 from router.core.events import End, Ended
-from router.core.joint import Slo
 from simulator.cluster import Layout
 from simulator.experiment import Outcome
 from simulator.measure import Measurement

@@ -10,7 +10,12 @@ import pytest
 from engine.base import EngineStep
 from engine.latency_model import StepTimes
 from engine.simulated.core import SimulatedCore, StepPlan
-from engine.simulated.request import FIRST_TOKEN_ID, VOCABULARY_TOKENS
+from engine.simulated.request import (
+    FIRST_TOKEN_ID,
+    VOCABULARY_TOKENS,
+    Manifest,
+    SimulatedRequest,
+)
 from engine.simulated.scheduler import SimulatedLimits
 from engine.spec import SimulatedTiming
 from protos.enginecore import (
@@ -282,6 +287,37 @@ def test_what_is_cached_here_is_not_fetched() -> None:
     assert core.wake_s() == 4.0 + TIMING.transfer_block_s
     [second] = step(core, 6.0)[1].outputs
     assert second.prefill_stats == PrefillStats(9, 0, 9, 8, 1, 0)
+
+
+def test_a_prefix_is_fetched_and_the_rest_computed() -> None:
+    source, target = make_core(), make_core(engine_id="worker-b")
+    source.add(make_request("a", tokens(9), max_tokens=1))
+    step(source, 0.0)
+    wanted = SimulatedRequest.read(make_request("b", [*tokens(8), *tokens(5, 900)]), 1, 128)
+    assert source.lend(wanted.block_hashes(3, 4)) == 2
+    wanted.source = Manifest("worker-a", "", (), 8, wanted.digest(8))
+    target.enter(wanted)
+    assert target.start_step(0.0) is None
+    assert target.wake_s() == 2 * TIMING.transfer_block_s
+    plan, done = step(target, 4.0)
+    assert (plan.prefill_tokens, plan.decode_requests) == (5, 0)
+    assert done.outputs[0].prefill_stats == PrefillStats(13, 5, 8, 0, 8, 4)
+    # It is in this cache now, and may be lent on.
+    assert target.lend(wanted.block_hashes(3, 4)) == 3
+
+
+def test_what_is_lent_was_used_just_now() -> None:
+    core = make_core(kv_blocks=4, max_model_len_tokens=16)
+    read = {}
+    for name, first in (("a", 100), ("b", 200)):
+        request = make_request(name, tokens(7, first), max_tokens=1)
+        read[name] = SimulatedRequest.read(request, 1, 16).block_hashes(1, 4)
+        core.add(request)
+        run_until_idle(core)
+    assert core.lend(read["a"]) == 1
+    core.add(make_request("c", tokens(11, 300), max_tokens=1))
+    run_until_idle(core)
+    assert (core.lend(read["a"]), core.lend(read["b"])) == (1, 0)
 
 
 def test_blocks_of_other_tokens_are_recomputed() -> None:

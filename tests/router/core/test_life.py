@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from engine.base import EngineLoad
 from protos.enginecore import EngineRequest, decode_request
-from protos.ids import TicketId
+from protos.ids import RequestKey, TicketId, WorkerId
 from router.core import admission
 from router.core.events import (
     AbortOn,
@@ -16,8 +17,10 @@ from router.core.events import (
     Ended,
     Finish,
     FrontGone,
+    PrefixFetch,
     RequestAborted,
     RequestArrived,
+    Shape,
     Submit,
     TicketAsked,
     TicketGranted,
@@ -25,6 +28,7 @@ from router.core.events import (
 )
 from router.core.lifecycle import InvalidTransition, State, Trigger
 from router.core.moves import CoreSettings
+from router.core.placement import Decision, LeastPredictedWork, View
 from tests.router.core.driving import (
     CACHED_AS,
     SETTINGS,
@@ -378,3 +382,32 @@ def test_records_are_bounded_and_those_under_way_stay(drive: Drive) -> None:
         drive.feed(TicketAsked(ticket, "POST", "/"))
     assert drive.core.book.find(TICKET) is not None
     assert drive.core.book.find(f"{0:032x}") is None
+
+
+class _Fetching(LeastPredictedWork):
+    """Has each prompt's worker fetch the first of its blocks."""
+
+    def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
+        decision = super().place(now_s, view, key, shape)
+        assert decision is not None
+        return replace(decision, fetch=PrefixFetch(WorkerId("p2"), 1))
+
+
+def fetching(settings: CoreSettings) -> Drive:
+    drive = Drive(settings, _Fetching(lambda n: 0))
+    drive.members(("p", "prefill"), ("d", "decode"))
+    drive.recover()
+    drive.up("p")
+    drive.up("d")
+    return drive
+
+
+def test_a_prefix_is_fetched_where_workers_can() -> None:
+    drive = fetching(replace(SETTINGS, fetches_prefixes=True))
+    expected = replace(submit("p", 1, hand_off=True), fetch=PrefixFetch(WorkerId("p2"), 1))
+    assert drive.arrive() == [expected]
+
+
+def test_a_policy_must_not_have_workers_fetch_that_cannot() -> None:
+    with pytest.raises(AssertionError, match="fetch a prefix, which these workers can't"):
+        fetching(SETTINGS).arrive()
