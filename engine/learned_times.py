@@ -20,6 +20,9 @@ from typing import Final
 
 WEIGHT: Final = 0.05
 """Of the newest observation, once there have been some."""
+PROFILE_WEIGHT: Final = 0.25
+"""What the profile counts for, against observations that say all: so little that a wrong one is
+left behind at once, and enough that one which says little does not replace it."""
 FIRST_SPREAD: Final = 0.2
 """Of a factor of which nothing was seen: the profile's own error (benchmarks/results)."""
 LARGEST_VARIANCE: Final = 0.5
@@ -35,7 +38,7 @@ class Factor:
     observations: int = 0
     log_mean: float = 0.0
     log_variance: float = FIRST_SPREAD * FIRST_SPREAD
-    _weight: float = 0.0
+    _weight: float = PROFILE_WEIGHT
     """Of all that was seen, the older the less."""
 
     @property
@@ -67,7 +70,7 @@ class Factor:
         error = math.log(ratio) - self.log_mean
         first = not self.observations
         self.observations += 1
-        # The first ones count as in a plain mean, so that a wrong profile is left behind at once.
+        # The first ones count as in a plain mean.
         self._weight = min(self._weight + min(1.0, weight), 1 / WEIGHT)
         part = min(1.0, weight) / self._weight
         self.log_mean += part * error

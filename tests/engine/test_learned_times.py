@@ -17,10 +17,11 @@ def test_nothing_seen_is_the_profile_and_its_error() -> None:
     assert (factor.value, factor.spread) == (1.0, pytest.approx(FIRST_SPREAD))
 
 
-def test_the_first_observation_replaces_a_wrong_profile() -> None:
+def test_a_few_observations_replace_a_wrong_profile() -> None:
     factor = Factor()
-    factor.observe(5.0, 0.01)
-    assert factor.value == pytest.approx(500)
+    for _ in range(5):
+        factor.observe(5.0, 0.01)
+    assert factor.value == pytest.approx(500, rel=0.3)
 
 
 @given(st.floats(0.01, 100), st.integers(0, 1000))
@@ -49,14 +50,14 @@ def test_a_boundless_spread_weighs_no_more_than_a_wide_one() -> None:
 
 def test_what_says_little_gives_way_to_what_says_much() -> None:
     factor = Factor()
-    for _ in range(3):
-        factor.observe(20.0, 1.0, 0.02)
-    assert factor.value == pytest.approx(20)
-    factor.observe(2.0, 1.0, 1.0)
-    assert factor.value == pytest.approx(2.0, rel=0.2)
+    factor.observe(20.0, 1.0, 0.02)
+    assert factor.value == pytest.approx(1.0, rel=0.3)
+    for _ in range(5):
+        factor.observe(2.0, 1.0, 1.0)
+    assert factor.value == pytest.approx(2.0, rel=0.1)
     for _ in range(10):
         factor.observe(20.0, 1.0, 0.02)
-    assert factor.value < 3.5
+    assert factor.value == pytest.approx(2.0, rel=0.2)
 
 
 def test_it_follows_a_change() -> None:
@@ -78,4 +79,6 @@ def test_what_says_nothing_changes_nothing(measured_s: float, predicted_s: float
 def test_one_absurd_observation_is_bounded() -> None:
     factor = Factor()
     factor.observe(1e9, 1e-9)
-    assert factor.value == pytest.approx(LARGEST_FACTOR)
+    assert factor.value <= LARGEST_FACTOR
+    factor.observe(1e9, 1e-9)
+    assert factor.value <= LARGEST_FACTOR

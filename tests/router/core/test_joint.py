@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.base import EngineLoad
 from engine.latency_model import StepTimes
-from engine.learned_times import FIRST_SPREAD
+from engine.learned_times import FIRST_SPREAD, PROFILE_WEIGHT
 from engine.spec import SimulatedTiming
 from kvstore.index import KvIndex
 from protos.enginecore import ENGINE_TAG
@@ -391,7 +391,7 @@ def test_the_learned_factor_is_that_of_the_engine(true: float, at_once: int) -> 
     bench.now_s += 1.0
     bench.first_token(at_once + 1)
     # Bases are predicted as they were when each was placed, with what was to decode there.
-    assert bench.policy.learned.prefill.value == pytest.approx(true, rel=0.15)
+    assert bench.policy.learned.prefill.value == pytest.approx(true, rel=0.2)
 
 
 def decoding(bench: Bench, tokens: int = 1280) -> Worker:
@@ -411,11 +411,12 @@ def test_steps_that_only_decode_tell_how_long_those_take() -> None:
     bench.ended(2, None)
     step_s = 0.006 + 13e-6 + (1280 + 128) * 43e-9
     worker.load = EngineLoad(running=1, step_time_s=3 * step_s)
-    bench.policy.stepped(bench.now_s, worker)
-    assert bench.policy.learned.step.value == pytest.approx(3)
+    for _ in range(100):
+        bench.policy.stepped(bench.now_s, worker)
+    assert bench.policy.learned.step.value == pytest.approx(3, rel=0.01)
     bench.now_s += 50
     after_s = predicted(bench.place(tokens=128, prefix=1), "d1")["tpot_s"]
-    assert after_s == pytest.approx(3 * before_s, rel=0.01)
+    assert after_s == pytest.approx(3 * before_s, rel=0.02)
 
 
 def test_steps_beside_prompts_tell_nothing() -> None:
@@ -446,9 +447,12 @@ def test_hand_offs_tell_how_long_transfers_take() -> None:
     )
     bench.now_s += 1.0
     bench.first_token(1)
-    bench.now_s += 2 * (100 * 0.4e-3 + step_s / 2) + step_s
+    moved_s = 100 * 0.4e-3 + step_s / 2
+    bench.now_s += 2 * moved_s + step_s
     bench.first_token(1)
-    assert bench.policy.learned.transfer.value == pytest.approx(2)
+    weight = moved_s / (moved_s + step_s)
+    learned = 2 ** (weight / (weight + PROFILE_WEIGHT))
+    assert bench.policy.learned.transfer.value == pytest.approx(learned)
 
 
 def test_first_tokens_that_are_hard_to_tell_cost_more() -> None:
