@@ -76,9 +76,11 @@ def run(
     seed: int = 0,
     knobs: Mapping[str, float] | None = None,
     misses_allowed: int | None = None,
+    watch: Callable[[Cluster], None] = lambda cluster: None,
 ) -> Outcome:
     """Serve a workload to its end, or until more requests were not served as promised than are
-    allowed. The same arguments give the same outcome."""
+    allowed. The same arguments give the same outcome. `watch` is shown the cluster after every
+    event."""
     profile = layout.profile
     setup = Setup(
         rng=Random(seed),
@@ -92,10 +94,13 @@ def run(
     cluster = Cluster(
         layout, policy_named(policy)(setup, slo), measured.observe, measured.refuse, promises
     )
-    if misses_allowed is None:
-        cluster.run(requests)
-    else:
-        cluster.run(requests, lambda: measured.requests - measured.good > misses_allowed)
+
+    def enough() -> bool:
+        watch(cluster)
+        missed = measured.requests - measured.good
+        return misses_allowed is not None and missed > misses_allowed
+
+    cluster.run(requests, enough)
     workers = cluster.workers.values()
     return Outcome(
         measured=measured,

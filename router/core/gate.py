@@ -21,11 +21,14 @@ from router.core.events import Ended, Priority, Shape, Terms, TicketAsked, Ticke
 from router.core.placement import Expected, Placement, View
 from router.core.prompt_sizes import PromptSizes
 
-SURE: Final = {Priority.HIGH: 0.5, Priority.NORMAL: 1.5, Priority.LOW: 3.0}
+SURE: Final = {Priority.HIGH: 0.5, Priority.NORMAL: 1.25, Priority.LOW: 2.5}
 """By how many spreads (standard deviations of the logarithm) a prediction must stay below what was
 promised: who matters less is refused sooner."""
 NEAR: Final = 0.5
-"""Only predictions that take as much of what was promised tell how wrong those are that count."""
+"""Only predictions of loads that take as much of the room for them tell how wrong those are that
+count."""
+IDLE: Final = 0.1
+"""Others who do less to a request than this share of its own time are not there."""
 LARGEST_MARGIN: Final = 1.6
 """Under 1 / NEAR: however wrong predictions were, some that tell how wrong still get in."""
 DUE_AFTER: Final = {Priority.HIGH: 0.5, Priority.NORMAL: 1.0, Priority.LOW: 4.0}
@@ -68,7 +71,7 @@ class Gate:
     ) -> None:
         self.sizes = PromptSizes()
         self.ttft_factor, self.tpot_factor = Factor(), Factor()
-        """By which what was promised to be near took longer than predicted."""
+        """By which what others do to a request took longer than predicted."""
         self._promises = promises
         self._placement = placement
         self._view = view
@@ -97,21 +100,21 @@ class Gate:
         if refusal is None:
             let_in = LetIn(now_s + ARRIVES_WITHIN_S, guess.tokens, expected)
             self._coming[asked.ticket] = let_in
-            self._coming_s += expected.prefill_s
+            self._coming_s += expected.alone_ttft_s
         return refusal
 
     def _refusal(self, expected: Expected, promised: Promises, sure: float) -> TicketRefused | None:
-        if promised.ttft_s is not None:
-            ttft_s = _at_most(expected.ttft_s, self.ttft_factor, sure)
-            if ttft_s > promised.ttft_s:
-                what = "first token would come after"
-                return _refuse(what, ttft_s, promised.ttft_s, ttft_s - promised.ttft_s)
-        if promised.tpot_s is not None:
-            tpot_s = _at_most(expected.tpot_s, self.tpot_factor, sure)
-            if tpot_s > promised.tpot_s:
-                # As many must end first as make steps too long.
-                late_s = (tpot_s - promised.tpot_s) * expected.output_tokens
-                return _refuse("tokens would be apart by", tpot_s, promised.tpot_s, late_s)
+        ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
+        tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
+        ttft_s, tpot_s = (
+            ttft.at_most_s(self.ttft_factor, sure),
+            tpot.at_most_s(self.tpot_factor, sure),
+        )
+        if ttft.is_too_much(ttft_s):
+            return _refuse("first token would come after", ttft, ttft_s, 1.0)
+        if tpot.is_too_much(tpot_s):
+            # As many must end first as make steps too long.
+            return _refuse("tokens would be apart by", tpot, tpot_s, expected.output_tokens)
         return None
 
     def arrived(
@@ -123,8 +126,8 @@ class Gate:
         let_in = self._coming.pop(ticket, None) if ticket is not None else None
         prefill_s = 0.0
         if let_in is not None:
-            self._coming_s -= let_in.expected.prefill_s
-            prefill_s = let_in.expected.prefill_s * prompt_tokens / let_in.tokens
+            self._coming_s -= let_in.expected.alone_ttft_s
+            prefill_s = let_in.expected.alone_ttft_s * prompt_tokens / let_in.tokens
         due_s = self._due_s(now_s, terms)
         waiting = Waiting(terms.tenant, due_s, now_s + promised_s, prefill_s)
         return waiting, None if let_in is None else let_in.expected
@@ -132,12 +135,18 @@ class Gate:
     def learn(self, expected: Expected, terms: Terms, ended: Ended) -> None:
         """A request that was let in is complete: hold its times against what was expected."""
         promised = self._promises.of_request(terms)
-        for expected_s, measured_s, promised_s, factor in (
-            (expected.ttft_s, ended.time_to_first_token_s, promised.ttft_s, self.ttft_factor),
-            (expected.tpot_s, ended.time_per_output_token_s, promised.tpot_s, self.tpot_factor),
-        ):
-            if measured_s and promised_s and expected_s >= NEAR * promised_s:
-                factor.observe(measured_s, expected_s)
+        for load, measured_s, factor in (
+            (
+                _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s),
+                ended.time_to_first_token_s, self.ttft_factor,
+            ),
+            (
+                _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s),
+                ended.time_per_output_token_s, self.tpot_factor,
+            ),
+        ):  # fmt: skip
+            if measured_s is not None and load.is_near:
+                factor.observe(max(0.0, measured_s - load.alone_s), load.s)
 
     def _due_s(self, now_s: float, terms: Terms) -> float:
         promised_s = self._promises.of_request(terms).ttft_s or DUE_UNPROMISED_S
@@ -149,7 +158,7 @@ class Gate:
             if let_in.until_s > now_s:
                 return
             del self._coming[ticket]
-            self._coming_s -= let_in.expected.prefill_s
+            self._coming_s -= let_in.expected.alone_ttft_s
         self._coming_s = 0.0  # What rounding left.
 
 
@@ -158,14 +167,42 @@ def kind_of(terms: Terms, path: str) -> str:
     return f"{terms.tenant} {path}"
 
 
-def _at_most(expected_s: float, factor: Factor, sure: float) -> float:
-    return expected_s * min(LARGEST_MARGIN, factor.value * math.exp(sure * factor.spread))
+class _Load(NamedTuple):
+    """A latency, what of it is the request's own, and what was promised of it. The rest is what
+    others do to it: only that can be foreseen wrongly by much, and be less at another time."""
+
+    expected_s: float
+    alone_s: float
+    promised_s: float | None
+
+    @property
+    def s(self) -> float:
+        return max(0.0, self.expected_s - self.alone_s)
+
+    @property
+    def is_near(self) -> bool:
+        """It takes up enough of what was promised to tell something."""
+        if self.promised_s is None:
+            return False
+        return 0 < NEAR * (self.promised_s - self.alone_s) <= self.s
+
+    def at_most_s(self, factor: Factor, sure: float) -> float:
+        margin = min(LARGEST_MARGIN, factor.value * math.exp(sure * factor.spread))
+        return self.alone_s + margin * self.s
+
+    def is_too_much(self, at_most_s: float) -> bool:
+        """Where there is none nothing is refused: its client would gain nothing by coming later."""
+        if self.promised_s is None or self.s < IDLE * self.alone_s:
+            return False
+        return at_most_s > self.promised_s
 
 
-def _refuse(what: str, expected_s: float, promised_s: float, late_s: float) -> TicketRefused:
+def _refuse(what: str, load: _Load, at_most_s: float, times: float) -> TicketRefused:
+    assert load.promised_s is not None
+    late_s = times * (at_most_s - load.promised_s)
     retry_s = min(LONGEST_RETRY_S, max(1, math.ceil(late_s)))
     message = (
-        f"Its {what} about {expected_s:.3g} s, and {promised_s:.3g} s were promised; "
+        f"Its {what} about {at_most_s:.3g} s, and {load.promised_s:.3g} s were promised; "
         f"try again in {retry_s} s."
     )
     return TicketRefused(429, retry_s, message)

@@ -154,7 +154,8 @@ class JointPlacement:
             ask, there.columns, best.chosen.at, best.chosen.numbers[_TPOT], ttft_s,
             before.requests / len(decode or prefill),
         )  # fmt: skip
-        return Expected(ttft_s, tpot_s, prefill_s, ask.length_tokens)
+        alone_s = self._pricing.step_s(1.0, ask.context_tokens)
+        return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens)
 
     def _best(self, ask: Asked, view: View, shape: Shape, there: Found, kept: Shortlist) -> _Best:
         """One worker for all of it, or two."""

@@ -119,13 +119,14 @@ class View:
 
 
 class Expected(NamedTuple):
-    """What a request would get that comes now."""
+    """What a request would get that comes now; and what of that it would get if it were alone."""
 
     ttft_s: float
     tpot_s: float
     """Once it decodes, among those that will then."""
-    prefill_s: float
-    """Of its prompt alone."""
+    alone_ttft_s: float
+    """Of its prompt, once its turn has come."""
+    alone_tpot_s: float
     output_tokens: float
 
 

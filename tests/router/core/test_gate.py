@@ -39,7 +39,7 @@ class Oracle(Uncounted):
     """Predicts what it is told, behind what waits."""
 
     def __init__(self) -> None:
-        self.ttft_s, self.tpot_s, self.prefill_s = 0.1, 0.01, 0.1
+        self.ttft_s, self.tpot_s, self.prefill_s, self.step_s = 0.1, 0.01, 0.1, 0.01
         self.asked: list[tuple[Shape, Before]] = []
 
     def place(self, *_: Any) -> None:
@@ -47,7 +47,8 @@ class Oracle(Uncounted):
 
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
         self.asked.append((shape, before))
-        return Expected(self.ttft_s + before.work_s, self.tpot_s, self.prefill_s, 100.0)
+        ttft_s = self.ttft_s + before.work_s
+        return Expected(ttft_s, self.tpot_s, self.prefill_s, self.step_s, 100.0)
 
 
 class Bench:
@@ -76,7 +77,7 @@ class Bench:
 def sure(bench: Bench) -> None:
     """Predictions were right for long."""
     for _ in range(400):
-        bench.learn(Expected(1.5, 0.04, 0.1, 100.0), 1.5, 0.04)
+        bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 1.5, 0.04)
 
 
 def test_what_can_be_kept_is_let_in() -> None:
@@ -112,6 +113,24 @@ def test_tokens_that_would_be_too_far_apart_are_refused() -> None:
     assert "tokens would be apart by about 0.079 s, and 0.05 s were promised" in refused.message
 
 
+def test_who_has_all_for_itself_is_let_in_however_long_it_takes() -> None:
+    """It would not be served sooner at another time."""
+    bench = Bench()
+    bench.oracle.ttft_s = bench.oracle.prefill_s = 30.0
+    bench.oracle.tpot_s = bench.oracle.step_s = 0.2
+    assert bench.ask() is None
+    assert bench.ask() is not None, "behind the first"
+
+
+def test_a_margin_is_for_what_others_do() -> None:
+    bench = Bench()
+    bench.oracle.prefill_s, bench.oracle.ttft_s = 1.6, 1.8
+    assert bench.ask() is None
+    bench = Bench()
+    bench.oracle.prefill_s, bench.oracle.ttft_s = 0.1, 1.8
+    assert bench.ask() is not None
+
+
 def test_nobody_is_told_to_come_again_next_year() -> None:
     bench = Bench()
     bench.oracle.ttft_s = 1e7
@@ -126,6 +145,7 @@ def test_a_requests_own_promises_go_first() -> None:
     assert bench.ask(Terms(ttft_slo_s=10.0)) is None
     bench.oracle.ttft_s = 0.5
     assert bench.ask(Terms(ttft_slo_s=0.2)) is not None
+    bench.oracle.step_s = 0.001
     assert bench.ask(Terms(tpot_slo_s=0.005)) is not None
 
 
@@ -155,7 +175,7 @@ def test_what_was_let_in_counts_until_it_arrives() -> None:
     assert bench.ask() is not None, "1.6 s wait before it"
     waits, expected = bench.gate.arrived(0.0, TicketId("1"), NO_TERMS, 1024)
     assert expected is not None
-    assert expected.prefill_s == 0.4
+    assert expected.alone_ttft_s == 0.4
     # Twice as long as its body made believe.
     assert waits == Waiting("", 2.0, 2.0, 0.8)
     assert bench.ask() is None
@@ -186,22 +206,22 @@ def test_predictions_that_were_too_short_are_corrected() -> None:
     bench.oracle.ttft_s = 1.4
     assert bench.ask() is None
     for _ in range(100):
-        bench.learn(Expected(1.5, 0.01, 0.1, 100.0), 2.1, 0.01)
-    assert bench.gate.ttft_factor.value == pytest.approx(1.4, rel=0.01)
+        bench.learn(Expected(1.5, 0.01, 0.1, 0.01, 100.0), 2.1, 0.01)
+    assert bench.gate.ttft_factor.value == pytest.approx(2.0 / 1.4, rel=0.01)
     assert bench.ask() is not None
 
 
 def test_what_is_far_from_what_was_promised_tells_nothing() -> None:
     bench = Bench()
     for _ in range(100):
-        bench.learn(Expected(0.01, 0.001, 0.01, 100.0), 0.1, 0.01)
+        bench.learn(Expected(0.05, 0.011, 0.01, 0.01, 100.0), 0.1, 0.01)
     assert bench.gate.ttft_factor.observations == bench.gate.tpot_factor.observations == 0
 
 
 def test_however_wrong_it_was_it_can_be_unlearned() -> None:
     bench = Bench()
     for _ in range(100):
-        bench.learn(Expected(1.5, 0.01, 0.1, 100.0), 1500.0, 0.01)
+        bench.learn(Expected(1.5, 0.01, 0.1, 0.01, 100.0), 1500.0, 0.01)
     bench.oracle.ttft_s = 2.0 / LARGEST_MARGIN - 0.01
     assert bench.ask() is None
     assert bench.oracle.ttft_s > 0.5 * 2.0, "and tells something"

@@ -38,7 +38,7 @@ class OneAtATime(Uncounted):
 
     def __init__(self) -> None:
         self.computing: RequestKey | None = None
-        self.expected = Expected(0.1, 0.01, 0.1, 10.0)
+        self.expected = Expected(0.1, 0.01, 0.1, 0.01, 10.0)
 
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
         workers = [worker.id for worker in view.pool if worker.usable]
@@ -147,10 +147,10 @@ def test_waiting_for_a_turn_is_not_waiting_for_a_worker() -> None:
 def test_a_ticket_is_refused_by_what_is_predicted() -> None:
     bench = Bench()
     bench.up("d")
-    bench.policy.expected = Expected(3.0, 0.01, 0.1, 10.0)
+    bench.policy.expected = Expected(3.0, 0.01, 0.1, 0.01, 10.0)
     refused = bench.ask("a")
     assert isinstance(refused, TicketRefused)
-    assert (refused.status, refused.retry_after_s) == (429, 3)
+    assert (refused.status, refused.retry_after_s) == (429, 2)
     assert bench.core.moves.counts.refused_tickets == 1
     assert isinstance(bench.ask("b", Terms(ttft_slo_s=9.0)), TicketGranted)
 
@@ -169,6 +169,6 @@ def test_bodies_teach_how_long_prompts_are() -> None:
 def test_what_no_engine_does_is_not_refused(path: str) -> None:
     bench = Bench()
     bench.up("d")
-    bench.policy.expected = Expected(3.0, 0.01, 0.1, 10.0)
+    bench.policy.expected = Expected(3.0, 0.01, 0.1, 0.01, 10.0)
     (answer,) = bench.feed(TicketAsked(TicketId("a"), "POST", path))
     assert isinstance(answer, TicketGranted)

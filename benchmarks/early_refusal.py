@@ -1,0 +1,189 @@
+"""Twice the load that can be served, simulated: `python -m benchmarks.early_refusal [--picture F]`.
+
+For each workload and split (Llama-3.1-8B on 8 H100s, `benchmarks.workloads`): the highest rate at
+which 90 % are served as promised with Baton, and at twice that rate what becomes of the requests
+with Baton and with its peers. Late: of those that were let in, the share that missed an SLO.
+
+Where prompts and tokens are made by different engines, refusing by what is there *now* makes the
+two pools full in turns (Mooncake, FAST'25, section 6.3): while many prompts wait, the decode pool
+runs empty, and the other way round. Every second of the second half of the arrivals it is noted how
+much each pool has: prompts' tokens that are reserved there, requests that are. `correlation` is
+between the two: towards -1 they take turns. `swing` is a pool's standard deviation over its mean.
+With `--picture` both are drawn over time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from benchmarks.report import table
+from benchmarks.workloads import WORKLOADS, Workload
+from engine.profiles import PROFILES
+from router.core.events import Role
+from simulator import picture
+from simulator.cluster import Cluster, Layout
+from simulator.experiment import OURS, Outcome, run
+from simulator.figures import WIDTH, Canvas, Figure, Stroke
+from simulator.goodput import highest_rate
+from simulator.traces import BLOCK_TOKENS, TracedRequest
+
+ENGINES: Final = 8
+SPLITS: Final = (0, 3)
+"""Of the engines, those that only compute prompts."""
+PEERS: Final = ("least_loaded", "sglang_cache_aware", "dynamo_kv", "llmd_guide", "mooncake")
+LOADS: Final = ("mooncake_conversation", "bursty", "azure2023_conv", "agents")
+OVERLOAD: Final = 2.0
+SHARE: Final = 0.9
+PRECISION: Final = 0.1
+SAMPLE_S: Final = 1.0
+
+
+@dataclass(slots=True)
+class Pools:
+    """How much each pool had, at every sample."""
+
+    at_s: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    """Prompt tokens."""
+    decode: list[float] = field(default_factory=list)
+    """Requests."""
+
+    def look(self, cluster: Cluster) -> None:
+        """Note what is there, if it is time to."""
+        if self.at_s and cluster.now_s < self.at_s[-1] + SAMPLE_S:
+            return
+        self.at_s.append(cluster.now_s)
+        workers = list(cluster.router.pool)
+        self.prefill.append(
+            sum(each.reserved_prefill_tokens for each in workers if each.role is Role.PREFILL)
+        )
+        self.decode.append(sum(each.reserved_requests for each in workers))
+
+    def settled(self, until_s: float) -> Pools:
+        """The second half of the time until then."""
+        kept = [n for n, at_s in enumerate(self.at_s) if until_s / 2 <= at_s <= until_s]
+        return Pools(
+            [self.at_s[n] for n in kept], [self.prefill[n] for n in kept],
+            [self.decode[n] for n in kept],
+        )  # fmt: skip
+
+    def correlation(self) -> float:
+        """Pearson's, between the pools."""
+        return statistics.correlation(self.prefill, self.decode)
+
+    def swings(self) -> tuple[float, float]:
+        """Standard deviation over mean, of each."""
+        swing = [statistics.pstdev(each) / statistics.mean(each) for each in self.columns()]
+        return swing[0], swing[1]
+
+    def columns(self) -> tuple[list[float], list[float]]:
+        """Prefill, decode."""
+        return self.prefill, self.decode
+
+
+def requests_of(
+    workload: Workload, shared: Path, rate_rps: float, most: int
+) -> list[TracedRequest]:
+    """A cut of it."""
+    cut = replace(workload, most_requests=min(most, workload.most_requests))
+    return list(cut.requests(shared, rate_rps, 0))
+
+
+def serve(
+    workload: Workload, shared: Path, prefill: int, policy: str, rate_rps: float, most: int
+) -> tuple[Outcome, Pools]:
+    """One run, to its end."""
+    layout = Layout(PROFILES["llama-3.1-8b-h100"], prefill, ENGINES - prefill, BLOCK_TOKENS)
+    requests = requests_of(workload, shared, rate_rps, most)
+    pools = Pools()
+    outcome = run(layout, policy, workload.slo, requests, watch=pools.look)
+    return outcome, pools.settled(requests[-1].arrival_s)
+
+
+def capacity_rps(workload: Workload, shared: Path, prefill: int, most: int) -> float:
+    """What Baton serves as promised, coarsely."""
+
+    def serves(rate_rps: float) -> bool:
+        outcome, _ = serve(workload, shared, prefill, OURS, rate_rps, most)
+        return outcome.measured.attainment >= SHARE
+
+    return highest_rate(serves, workload.start_rps, 0.05, PRECISION)
+
+
+def rows(
+    shared: Path, loads: Sequence[str], most: int, pictured: list[Figure]
+) -> Iterator[tuple[str, ...]]:
+    """One for each workload, split and policy."""
+    for name in loads:
+        workload = WORKLOADS[name]
+        for prefill in SPLITS:
+            rate_rps = OVERLOAD * capacity_rps(workload, shared, prefill, most)
+            for policy in (OURS, *PEERS):
+                outcome, pools = serve(workload, shared, prefill, policy, rate_rps, most)
+                measured = outcome.measured
+                swings = correlation = ""
+                if prefill:
+                    swings = " / ".join(f"{swing:.2f}" for swing in pools.swings())
+                    correlation = f"{pools.correlation():+.2f}"
+                if prefill and policy == OURS:
+                    title = f"{name}, {prefill} + {ENGINES - prefill}, {rate_rps:.3g}/s"
+                    pictured.append(Figure(title, _HEIGHT, partial(_draw, pools)))
+                yield (
+                    f"{name}, {prefill} + {ENGINES - prefill}, {rate_rps:.3g}/s", policy,
+                    f"{measured.good:,}", f"{measured.refused:,}", f"{measured.late:.1%}",
+                    swings, correlation,
+                )  # fmt: skip
+
+
+_HEIGHT: Final = 220
+
+
+def _draw(pools: Pools, canvas: Canvas) -> None:
+    """Prefill as a line, decode dashed; each over its largest."""
+    left, bottom = 20.0, _HEIGHT - 40.0
+    canvas.line([(left, 10), (left, bottom), (WIDTH - 10, bottom)], "axis")
+    began_s, lasts_s = pools.at_s[0], pools.at_s[-1] - pools.at_s[0]
+    strokes: tuple[Stroke, Stroke] = ("curve", "limit")
+    for column, stroke in zip(pools.columns(), strokes, strict=True):
+        largest = max(column) or 1.0
+        points = [
+            (
+                left + (at_s - began_s) / lasts_s * (WIDTH - 10 - left),
+                bottom - value / largest * (bottom - 10),
+            )
+            for at_s, value in zip(pools.at_s, column, strict=True)
+        ]
+        for part in itertools.pairwise(points):
+            canvas.line(part, stroke)
+    canvas.text(WIDTH / 2, bottom + 20, f"{lasts_s:.0f} s", "middle")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--picture", type=Path, help="a PNG of the pools over time")
+    parser.add_argument("--requests", type=int, default=8000, help="of each cut, at most")
+    given = parser.parse_args()
+    pictured: list[Figure] = []
+    heads = (
+        "workload, prefill + decode, rate", "policy", "served as promised", "refused", "late",
+        "swing prefill / decode", "correlation",
+    )  # fmt: skip
+    print(table(heads, rows(given.shared, LOADS, given.requests, pictured)))
+    if given.picture is not None:
+        summary = "Prompt tokens in the prefill pool (line), requests in the decode pool (dashed)."
+        picture.write(given.picture, "Both pools at twice what can be served", summary, pictured)
+
+
+if __name__ == "__main__":
+    main()
