@@ -263,6 +263,12 @@ def load(path: Path | None, environment: Mapping[str, str], flags: Mapping[str, 
         raise ConfigError("\n".join(problems)) from None
     if config.http.port == config.grpc.port:
         raise ConfigError(f"http.port and grpc.port are both {config.grpc.port}: change one.")
+    router = config.router
+    if router.policy != "joint" and (router.ttft_slo_ms or router.tpot_slo_ms):
+        raise ConfigError(
+            f"router.policy {router.policy} predicts no times, so nothing can be promised: leave "
+            "router.ttft_slo_ms and router.tpot_slo_ms out, or take the policy joint."
+        )
     check_engine_args(
         config.engine,
         {

@@ -47,20 +47,20 @@ def timing(config: Config, model: Path) -> SimulatedTiming:
     size = ModelSize.read(json.loads((model / "config.json").read_text(encoding="utf-8")))
     if size is None:
         return PROFILES[_LIKE_ANY].timing(_block_tokens(config))
-    devices = int(config.engine_args_of("decode").get("tensor_parallel_size", 1))
+    devices = int(config.engine_args_of("decode").get("tensor_parallel_size") or 1)
     return roofline(size, CPU if is_cpu_install() else H100, devices, _block_tokens(config))
 
 
 def max_step_tokens(config: Config) -> int:
     """What an engine computes in one step at most, where prompts are computed."""
     role: Role = "prefill" if config.prefill.replicas else "decode"
-    return int(config.engine_args_of(role).get("max_num_batched_tokens", _STEP_TOKENS))
+    return int(config.engine_args_of(role).get("max_num_batched_tokens") or _STEP_TOKENS)
 
 
 def _block_tokens(config: Config) -> int:
     on_cpu = config.engine == "vllm" and is_cpu_install()
     default = _CPU_BLOCK_TOKENS if on_cpu else _BLOCK_TOKENS
-    return int(config.engine_args_of("decode").get("block_size", default))
+    return int(config.engine_args_of("decode").get("block_size") or default)
 
 
 def _read(name: str) -> SimulatedTiming:

@@ -198,7 +198,9 @@ class RouterProcess:
         return answer_line(answer(line, self._mint, time.time(), self._decide_ticket))
 
     def _decide_ticket(self, question: TicketAsked) -> TicketGranted | TicketRefused:
-        (decided,) = self._handle(question)
+        *others, decided = self._handle(question)
+        for command in others:  # A request's turn has come meanwhile.
+            self._carry_out(command)
         assert isinstance(decided, TicketGranted | TicketRefused)
         return decided
 

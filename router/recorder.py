@@ -25,6 +25,8 @@ _log = logging.getLogger("router")
 LIMIT_BYTES: Final = 1024**3
 _CHUNK_BYTES: Final = 256 * 1024
 _WAITING_CHUNKS: Final = 256
+_CLOSE_S: Final = 5.0
+"""A disk that takes nothing any more does not keep a router from ending."""
 """More than that in memory, and the disk is too slow."""
 
 
@@ -72,7 +74,7 @@ class Recorder:
         self.flush()
         self._recording = False
         self._chunks.put(None)
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
 
     def _stop(self, why: str) -> None:
         _log.warning("no more events are recorded in %s: %s", self._path, why)

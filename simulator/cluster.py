@@ -154,10 +154,13 @@ class Cluster:
         # The output's length is nobody's to know.
         ticket = TicketId(key)
         terms = Terms(body_bytes=self._body_bytes(request), tenant=request.client)
-        for command in self.router.handle(self.now_s, TicketAsked(ticket, "POST", _PATH, terms)):
-            if isinstance(command, TicketRefused):
-                self._refused(key)
-                return
+        asked = TicketAsked(ticket, "POST", _PATH, terms)
+        *others, decided = self.router.handle(self.now_s, asked)
+        for command in others:
+            self._obey(command)
+        if isinstance(decided, TicketRefused):
+            self._refused(key)
+            return
         shape = Shape(request.input_tokens, None, addresses=hashes)
         self._feed(RequestArrived(key, Demand(shape, b""), ticket))
 

@@ -22,6 +22,8 @@ OUTPUT_WEIGHT: Final = 2.0
 """Of an output token against one of a prompt, as in VTC's evaluation."""
 BEHIND_S: Final = 30.0
 TENANTS_KEPT: Final = 10_000
+_STALE_KEPT: Final = 64
+"""Entries of those that left, in a heap, beside as many as wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,9 @@ class Backlog:
         if not tenant.waiting:
             del self._tenants[name]
             self._last_left = name
+        elif len(tenant.queue) > 2 * tenant.waiting + _STALE_KEPT:
+            tenant.queue = [each for each in tenant.queue if self._is_current(each)]
+            heapq.heapify(tenant.queue)
 
     def charge(self, name: str, tokens: float) -> None:
         """A tenant was served so much."""
@@ -133,15 +138,20 @@ class Backlog:
 
     def _first(self, now_s: float, tenant: _Tenant) -> RequestKey:
         while True:
-            sorted_s, number, key = tenant.queue[0]
-            waiting, _, current = self._waiting.get(key, (None, 0.0, -1))
-            if waiting is None or current != number:
+            sorted_s, _, key = tenant.queue[0]
+            if not self._is_current(tenant.queue[0]):
                 heapq.heappop(tenant.queue)
-            elif sorted_s == waiting.due_s and now_s + waiting.prefill_s > waiting.late_s:
+                continue
+            waiting = self._waiting[key][0]
+            if sorted_s == waiting.due_s and now_s + waiting.prefill_s > waiting.late_s:
                 heapq.heappop(tenant.queue)
                 self._push(tenant, key, waiting, waiting.due_s + BEHIND_S)
             else:
                 return key
+
+    def _is_current(self, entry: tuple[float, int, RequestKey]) -> bool:
+        _, number, key = entry
+        return key in self._waiting and self._waiting[key][2] == number
 
     def _push(self, tenant: _Tenant, key: RequestKey, waiting: Waiting, sorted_s: float) -> None:
         self._numbers += 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from router.core.forecast import LARGEST_SHARE
 Amount = TypeVar("Amount", float, Column)
 
 COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s")
+LEAST_STEP_S: Final = 1e-6
 _FULL: Final = 0.9
 """Of a KV cache: beyond that, requests wait for others to end."""
 _FULL_COST: Final = 10.0
@@ -103,7 +104,9 @@ class Pricing:
     def __init__(
         self, times: StepTimes, max_step_tokens: int, weights: Weights, learned: LearnedTimes
     ) -> None:
-        self._timing = times.timing
+        timing = times.timing
+        # Steps that take no time at all leave nothing to compare.
+        self._timing = replace(timing, step_base_s=max(LEAST_STEP_S, timing.step_base_s))
         self._learned = learned
         self._max_step_tokens = max_step_tokens
         self._weights = weights
@@ -146,9 +149,9 @@ class Pricing:
             left_with_it, before_s / left, queue_s + prefill_s, _crowding(ask, columns, cached),
         )  # fmt: skip
 
-    def all_busy(self, ask: Asked, there: Found, computing: slice) -> bool:
+    def all_busy(self, there: Found, computing: slice, promised_ttft_s: float) -> bool:
         """Whether each of these has enough prompts before it for now."""
-        enough_s = self._weights.hold * ask.slo.ttft_s
+        enough_s = self._weights.hold * promised_ttft_s
         return bool((there.queue_s[computing] > enough_s).all())
 
     def tpot_after(
@@ -158,10 +161,8 @@ class Pricing:
         those that decode there now will have ended, and others will have joined them."""
         gone = -math.expm1(-after_s / (tpot_s * ask.length_tokens))
         running, running_tokens = columns.running[at], columns.running_context_tokens[at]
-        requests, tokens = (
-            joined - gone * running,
-            joined * ask.context_tokens - gone * running_tokens,
-        )
+        requests = joined - gone * running
+        tokens = joined * ask.context_tokens - gone * running_tokens
         step_s = self.step_s(requests, tokens) - self.step_s(0.0, 0.0)
         return tpot_s + float(step_s)
 
@@ -186,9 +187,12 @@ class Pricing:
 
     def whole(self, ask: Asked, there: Found) -> Sequence[Column]:
         """Both."""
-        tpot_s = self._with_it_s(ask, there) / there.left_with_it
-        cost = self._behind(ask, there) + self._own(ask, tpot_s)
-        cost += self._beside(ask, there, tpot_s) + there.crowding
+        step_s = self._with_it_s(ask, there)
+        # Its own tokens come after its prompt, which takes time from others' alone. Its cost counts
+        # that as its own too: without it prompts are sent past caches (docs/adr/0007).
+        tpot_s, others_s = step_s / there.left, step_s / there.left_with_it
+        cost = self._behind(ask, there) + self._own(ask, others_s)
+        cost += self._beside(ask, there, others_s) + there.crowding
         none = there.columns.none
         return cost, there.cached, there.queue_s, there.prefill_s, none, there.ttft_s, tpot_s
 

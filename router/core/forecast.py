@@ -114,7 +114,7 @@ class Forecast:
     @property
     def idle(self) -> bool:
         """Nothing of this router is there."""
-        return not self.prefills and not self.decodes
+        return not (self.prefills or self.decodes or self.coming_tokens)
 
     def figures(self) -> Figures:
         """As it stands."""

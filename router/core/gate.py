@@ -124,10 +124,11 @@ class Gate:
         was let in with."""
         promised_s = self._promises.of_request(terms).ttft_s or math.inf
         let_in = self._coming.pop(ticket, None) if ticket is not None else None
-        prefill_s = 0.0
         if let_in is not None:
             self._coming_s -= let_in.expected.alone_ttft_s
             prefill_s = let_in.expected.alone_ttft_s * prompt_tokens / let_in.tokens
+        else:
+            prefill_s = self._prefill_s(now_s, prompt_tokens) if self._backlog else 0.0
         due_s = self._due_s(now_s, terms)
         waiting = Waiting(terms.tenant, due_s, now_s + promised_s, prefill_s)
         return waiting, None if let_in is None else let_in.expected
@@ -146,11 +147,24 @@ class Gate:
             ),
         ):  # fmt: skip
             if measured_s is not None and load.is_near:
-                factor.observe(max(0.0, measured_s - load.alone_s), load.s)
+                # A load that did not come at all has no logarithm and is passed over, so that the
+                # margin is a little too wide.
+                factor.observe(measured_s - load.alone_s, load.s)
 
     def _due_s(self, now_s: float, terms: Terms) -> float:
         promised_s = self._promises.of_request(terms).ttft_s or DUE_UNPROMISED_S
         return now_s + DUE_AFTER[terms.priority] * promised_s
+
+    def left(self, ticket: TicketId) -> None:
+        """Its response is over: nothing more comes with it."""
+        let_in = self._coming.pop(ticket, None)
+        if let_in is not None:
+            self._coming_s -= let_in.expected.alone_ttft_s
+
+    def _prefill_s(self, now_s: float, prompt_tokens: int) -> float:
+        """Of a prompt that will wait before others, and of which that was not asked."""
+        expected = self._placement.expect(now_s, self._view, Shape(prompt_tokens, None), Before())
+        return 0.0 if expected is None else expected.alone_ttft_s
 
     def _forget_due(self, now_s: float) -> None:
         while self._coming:

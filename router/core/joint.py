@@ -36,6 +36,7 @@ from router.core.events import Role, Shape
 from router.core.forecast import Forecast, Part
 from router.core.output_lengths import OutputLengths
 from router.core.placement import (
+    NEVER_SPLIT,
     Decision,
     Expected,
     Predicted,
@@ -130,7 +131,9 @@ class JointPlacement:
             self._count(ask, there, key, shape, rest, None, computed=False)
             return _decision(Reason.RESUME, shape, rest, None, kept)
         best = self._best(ask, view, shape, there, kept)
-        if not shape.output_tokens and pricing.all_busy(ask, there, best.computing):
+        # What can't be split must not stand before others while workers of the other pool are idle.
+        able = slice(None) if best.reason in NEVER_SPLIT else best.computing
+        if not shape.output_tokens and pricing.all_busy(there, able, self._slo.ttft_s):
             return None
         self._count(ask, there, key, shape, best.chosen, best.first, computed=True)
         return _decision(best.reason, shape, best.chosen, best.first, kept)
@@ -150,10 +153,12 @@ class JointPlacement:
         level_s = float(queues_s.sum() + before.work_s) / len(queues_s)
         prefill_s = float(there.prefill_s[first.at])
         ttft_s = max(float(there.queue_s[first.at]), level_s) + prefill_s
-        tpot_s = self._pricing.tpot_after(
-            ask, there.columns, best.chosen.at, best.chosen.numbers[_TPOT], ttft_s,
-            before.requests / len(decode or prefill),
-        )  # fmt: skip
+        at, tpot_s = best.chosen.at, best.chosen.numbers[_TPOT]
+        if best.first is None and there.columns.decodes[at]:
+            # What was promised to those beside it counts as well: its prompt takes time from them.
+            tpot_s *= float(there.left[at] / there.left_with_it[at])
+        joined = before.requests / len(decode or prefill)
+        tpot_s = self._pricing.tpot_after(ask, there.columns, at, tpot_s, ttft_s, joined)
         alone_s = self._pricing.step_s(1.0, ask.context_tokens)
         return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens)
 

@@ -78,8 +78,10 @@ class Moves:
 
     def enter(self, now_s: float, request: Request) -> None:
         """A new request: it is placed at once, or waits for its turn."""
-        if self.backlog:
-            self.backlog.add(request.key, request.waits)
+        others_wait = bool(self.backlog)
+        # Also if it is placed at once: its tenant is served as those are that wait.
+        self.backlog.add(request.key, request.waits)
+        if others_wait:
             self.look_again()
         else:
             self.place(now_s, request)
@@ -88,12 +90,12 @@ class Moves:
         """Those whose turn it is, while there is room for them; only if something changed."""
         if not self._looks_due:
             return
-        self._looks_due = False
         for request in list(self.stranded.values()):
             self.place(now_s, request)
         while (key := self.backlog.next(now_s)) is not None:
             if not self.place(now_s, self.requests[key]):
-                return
+                break
+        self._looks_due = False
 
     def look_again(self) -> None:
         """Who waits may be placed now."""

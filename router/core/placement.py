@@ -242,6 +242,10 @@ def _candidate(worker: Worker) -> Candidate:
     return Candidate(worker.id, worker.role, work, numbers)
 
 
+NEVER_SPLIT: Final = frozenset((Reason.PROMPT_LOGPROBS, Reason.ONE_TOKEN))
+"""Of requests that could be split, and may not."""
+
+
 def never_split_because(view: View, shape: Shape, prefill_up: bool) -> Reason | None:
     """Why no policy can split it; None if one may."""
     if shape.output_tokens:

@@ -20,7 +20,7 @@ TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{44}(?![0-9a-f])")
 """A ticket id, within the ids that fronts make of it: `cmpl-TICKET-0`, `chatcmpl-TICKET`."""
 
 
-WITHOUT_ENGINE: Final = frozenset(("/tokenize", "/detokenize"))
+WITHOUT_ENGINE: Final = frozenset(("/tokenize", "/detokenize", "/v1/messages/count_tokens"))
 """Fronts answer these by themselves: there will be nothing to tell."""
 
 

@@ -193,6 +193,7 @@ class RouterCore:
         return starting or any(not worker.attached for worker in self.pool)
 
     def _edge_ended(self, now_s: float, event: EdgeEnded) -> None:
+        self.moves.gate.left(event.ticket)
         story = self.book.edge_ended(event)
         if story is not None:
             for ended in self.moves.endings.edge_ended(story):

@@ -157,3 +157,9 @@ def test_every_key_is_documented_and_the_page_is_up_to_date() -> None:
     assert _DOCUMENT.read_text(encoding="utf-8") == page, (
         "run `baton config --reference > docs/configuration.md`"
     )
+
+
+def test_who_predicts_nothing_can_promise_nothing(tmp_path: Path) -> None:
+    text = "router: {policy: least_predicted_work, ttft_slo_ms: 1000}"
+    with pytest.raises(ConfigError, match="predicts no times, so nothing can be promised"):
+        load(tmp_path, text)

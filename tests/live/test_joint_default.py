@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from openai import OpenAI
 
-from tests.live.cluster_process import BatonServe, once_settled
+from tests.live.cluster_process import BatonServe
 from tests.live.conftest import MODEL
 
 CONFIG: dict[str, Any] = {
@@ -42,7 +43,10 @@ def test_long_prompts_are_split_where_others_decode(tiny_model: object) -> None:
         short = decision(20, 32)
         with ThreadPoolExecutor(STREAMS) as pool:
             streams = [pool.submit(decision, 100, 1500) for _ in range(STREAMS)]
-            once_settled(lambda: serve.metric("vllm:num_requests_running"))
+            began_s = time.monotonic()
+            while serve.metric("vllm:num_requests_running") < STREAMS:
+                assert time.monotonic() - began_s < 20, "not all of them decode"
+                time.sleep(0.1)
             long = decision(8000, 128)
             assert all(each.result()["predicted"]["tpot_s"] > 0 for each in streams)
         assert (short["reason"], short["prefill"]) == ("whole_costs_less", None)

@@ -7,6 +7,7 @@ standby's loading time between two deaths; and where none did, that nothing is l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -47,8 +48,11 @@ async def kill_again_and_again(
 
 def standbys(anchor_pid: int) -> int:
     """Routers that have loaded all they need and wait for the end of the one that serves."""
-    children = psutil.Process(anchor_pid).children()
-    return sum(child.name() == "router-standby" for child in children)
+    count = 0
+    for child in psutil.Process(anchor_pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # Killed just now.
+            count += child.name() == "router-standby"
+    return count
 
 
 def percentile(values: list[float], percent: int) -> float:

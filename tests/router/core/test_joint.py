@@ -16,12 +16,13 @@ from engine.spec import SimulatedTiming
 from kvstore.index import KvIndex
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Incarnation, RequestKey, WorkerId
+from router.core.backlog import Before
 from router.core.columns import Columns
 from router.core.costs import Slo, Weights
 from router.core.events import Role, Shape, WorkerUp
 from router.core.forecast import LARGEST_SHARE, Forecast, Part
 from router.core.joint import JointPlacement
-from router.core.placement import Decision, Reason, View
+from router.core.placement import Decision, Expected, Reason, View
 from router.core.workers import Worker, WorkerPool
 
 BLOCK_TOKENS = 128
@@ -34,6 +35,15 @@ TIMING = SimulatedTiming(
     transfer_block_s=0.4e-3,
 )
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
+NOTHING = Before()
+NO_TIME = SimulatedTiming(
+    step_base_s=0.0,
+    prefill_token_s=0.0,
+    prefill_pair_s=0.0,
+    decode_request_s=0.0,
+    decode_context_token_s=0.0,
+    transfer_block_s=0.0,
+)
 
 
 class Bench:
@@ -95,11 +105,8 @@ def test_an_idle_worker_is_predicted_by_the_profile() -> None:
     prefill_s = 1280 * 20e-6 + 1280 * 640 * 1e-9 + 0.006
     assert numbers["ttft_s"] == pytest.approx(prefill_s)
     assert numbers["queue_s"] == 0
-    # One decode of the prompt and half of the 256 tokens that are expected, beside its prompt's
-    # share of 10 s. Of a step's base it takes as much as of the step's tokens.
-    step_s = 0.006 + 13e-6 + (1280 + 128) * 43e-9
-    occupies_s = prefill_s - 0.006 * (1 - 1280 / 8192)
-    assert numbers["tpot_s"] == pytest.approx(step_s / (1 - occupies_s / 10))
+    # One decode of the prompt and half of the 256 tokens that are expected.
+    assert numbers["tpot_s"] == pytest.approx(0.006 + 13e-6 + (1280 + 128) * 43e-9)
 
 
 def test_what_waits_is_waited_for_and_shrinks_with_time() -> None:
@@ -438,18 +445,24 @@ def test_other_routers_requests_are_taken_to_be_like_its_own() -> None:
 
 
 def test_hand_offs_tell_how_long_transfers_take() -> None:
-    bench = Bench("p1", "d1", slo=Slo(ttft_s=2.0, tpot_s=0.02))
-    decision = bench.place(tokens=12_800)
-    assert decision.prefill == "p1"
-    step_s = 0.006 + 13e-6 + (12_800 + 128) * 43e-9
+    bench = Bench("p1", "d1", slo=Slo(ttft_s=2.0, tpot_s=0.008))
+    for number in range(8):
+        bench.place(tokens=128, prefix=number, output_tokens=1)  # It goes on as a whole.
+        bench.now_s += 0.1
+        bench.first_token(number + 1)
+    decoding = bench.policy.forecasts[WorkerId("d1")]
+    before_s = 0.006 + 8 * 13e-6 + decoding.context_tokens * 43e-9
+    decision = bench.place(tokens=12_800, prefix=9)
+    assert (decision.prefill, decision.worker) == ("p1", "d1")
     assert predicted_part(decision, "transfer_s") == pytest.approx(
-        (100 * 0.4e-3 + 0.006 / 2) * math.exp(FIRST_SPREAD**2 / 2)
+        (100 * 0.4e-3 + before_s / 2) * math.exp(FIRST_SPREAD**2 / 2)
     )
     bench.now_s += 1.0
-    bench.first_token(1)
+    bench.first_token(9)
+    step_s = before_s + 13e-6 + (12_800 + 128) * 43e-9
     moved_s = 100 * 0.4e-3 + step_s / 2
     bench.now_s += 2 * moved_s + step_s
-    bench.first_token(1)
+    bench.first_token(9)
     weight = moved_s / (moved_s + step_s)
     learned = 2 ** (weight / (weight + PROFILE_WEIGHT))
     assert bench.policy.learned.transfer.value == pytest.approx(learned)
@@ -513,3 +526,73 @@ def test_workers_that_are_gone_are_forgotten() -> None:
         bench.ended(number, None)
         bench.pool.remove(gone)
     assert len(bench.policy.forecasts) < 25
+
+
+def expected(bench: Bench, tokens: int, before: Before = NOTHING) -> Expected:
+    shape = Shape(tokens, None)
+    found = bench.policy.expect(bench.now_s, bench.view, shape, before)
+    assert found is not None
+    return found
+
+
+def test_an_idle_worker_is_expected_to_serve_at_once() -> None:
+    bench = Bench("d1")
+    for tokens in (128, 100_000):  # However long the prompt: its tokens come after it.
+        found = expected(bench, tokens)
+        assert found.ttft_s == pytest.approx(found.alone_ttft_s)
+        assert found.tpot_s == pytest.approx(found.alone_tpot_s, rel=0.02)
+
+
+def test_what_waits_is_expected_to_go_first() -> None:
+    bench = Bench("d1", "d2")
+    alone = expected(bench, 1280)
+    behind = expected(bench, 1280, Before(work_s=3.0, requests=4))
+    assert behind.ttft_s == pytest.approx(alone.ttft_s + 1.5)
+    each_s = 13e-6 + (1280 + 128) * 43e-9
+    assert behind.tpot_s - alone.tpot_s == pytest.approx(2 * each_s, rel=0.05)
+
+
+def test_of_those_that_decode_some_will_have_ended() -> None:
+    bench = Bench("d1")
+    for number in range(40):
+        bench.place(tokens=1280, prefix=number)
+        bench.now_s += 1.0
+        bench.first_token(number + 1)
+    bench.now_s += 60.0
+    soon = expected(bench, 1280)
+    later = expected(bench, 1280, Before(work_s=60.0))
+    assert soon.alone_tpot_s < later.tpot_s < soon.tpot_s
+
+
+def test_nothing_is_expected_of_nobody() -> None:
+    bench = Bench()
+    shape = Shape(128, None)
+    assert bench.policy.expect(bench.now_s, bench.view, shape, NOTHING) is None
+
+
+def test_prompts_wait_at_the_router_while_every_worker_has_enough() -> None:
+    bench = Bench("d1", "d2", hold=0.15)
+    shape = Shape(12_800, None)  # 0.3 s is 15 % of the promised 2 s.
+    placed = [
+        bench.policy.place(bench.now_s, bench.view, bench.key(100 + number), shape)
+        for number in range(4)
+    ]
+    assert [each is not None for each in placed] == [True, True, False, False]
+    resumed = Shape(12_800, None, output_tokens=3)
+    assert bench.policy.place(bench.now_s, bench.view, bench.key(200), resumed) is not None
+
+
+def test_what_can_not_be_split_does_not_stand_before_others() -> None:
+    bench = Bench("p1", "d1", hold=0.15)
+    one_token = Shape(12_800, 1)
+    for number in range(3):
+        assert bench.policy.place(bench.now_s, bench.view, bench.key(number), one_token)
+    assert bench.policy.forecasts[WorkerId("d1")].queue_s(bench.now_s) > 0.3
+    assert bench.policy.forecasts[WorkerId("p1")].queue_s(bench.now_s) == 0
+
+
+def test_steps_that_take_no_time_leave_something_to_compare() -> None:
+    pool = Bench("d1")
+    policy = JointPlacement(lambda n: 0, StepTimes(NO_TIME), 8192, SLO)
+    assert policy.expect(0.0, pool.view, Shape(128, None), NOTHING) is not None
+    assert policy.place(0.0, pool.view, pool.key(1), Shape(128, None)) is not None

@@ -12,6 +12,7 @@ from protos.ids import RequestKey, TicketId
 from router.core.backlog import OUTPUT_WEIGHT, Before
 from router.core.events import (
     NO_TERMS,
+    EdgeEnded,
     Finish,
     Priority,
     PromptUse,
@@ -165,10 +166,62 @@ def test_bodies_teach_how_long_prompts_are() -> None:
     assert (guess.tokens, guess.cached_tokens) == (10, 4)
 
 
-@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/v1/messages/count_tokens"])
 def test_what_no_engine_does_is_not_refused(path: str) -> None:
     bench = Bench()
     bench.up("d")
     bench.policy.expected = Expected(3.0, 0.01, 0.1, 0.01, 10.0)
     (answer,) = bench.feed(TicketAsked(TicketId("a"), "POST", path))
     assert isinstance(answer, TicketGranted)
+
+
+def test_a_ticket_may_find_that_a_turn_has_come() -> None:
+    """A prompt that no worker can hold ends while it waits, and the next goes with the ticket."""
+    bench = Bench()
+    bench.up("d")
+    bench.come("a")
+    bench.come("b")
+    bench.ask("long")
+    too_long = demand("long", prompt_tokens=5000)
+    assert bench.feed(RequestArrived(key("long"), too_long, TicketId("long"))) == []
+    bench.policy.computing = None  # By time alone, which is no event.
+    bench.core.moves.look_again()
+    *others, answer = bench.feed(TicketAsked(TicketId("c"), "POST", "/v1/completions"))
+    assert submitted(others) == ["b"]
+    assert isinstance(answer, TicketGranted)
+
+
+def test_credit_of_those_that_never_waited_is_not_owed_to_others() -> None:
+    bench = Bench(Promises())
+    bench.up("d")
+    for number in range(50):  # Served alone for long.
+        assert bench.come(f"a{number}", Terms(tenant="a"))
+        bench.step("d", output(1, 0, [1], request_id=f"a{number}", finish=Finish.LENGTH))
+    assert bench.come("busy", Terms(tenant="a")) == ["busy"]
+    for number in range(5):
+        bench.come(f"b{number}", Terms(tenant="b"))
+        bench.come(f"c{number}", Terms(tenant="a"))
+    order, running = [], "busy"
+    for _ in range(6):
+        (running,) = submitted(
+            bench.step("d", output(1, 0, [1], request_id=running, finish=Finish.LENGTH))
+        )
+        order.append(running[0])
+    assert sorted(order) == ["b"] * 3 + ["c"] * 3, order
+
+
+def test_what_was_promised_nothing_still_counts_for_others() -> None:
+    bench = Bench(Promises())
+    bench.up("d")
+    bench.come("a")
+    bench.come("b")
+    bench.come("c")
+    assert bench.core.moves.backlog.before("", 1e9).work_s == pytest.approx(0.1)
+
+
+def test_a_response_that_is_over_brings_nothing_more() -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.ask("a")
+    bench.feed(EdgeEnded(TicketId("a"), "400", "--"))
+    assert bench.core.moves.gate.arrived(bench.now_s, TicketId("a"), NO_TERMS, 10)[1] is None
