@@ -80,10 +80,11 @@ class Supervisor:
         await self._wait_until(lambda: self._closing or self._state.version > version)
         return None if self._closing else self._state.membership()
 
-    async def unit_changed(self, router_id: str, problem: str | None) -> None:
-        """A router unit's anchor runs, or why it does not."""
-        if problem is None:
+    async def unit_changed(self, router_id: str, problem: str | None, ran: bool) -> None:
+        """A router unit's anchor runs, or why it does not; and whether one ever did."""
+        if ran:
             self._units_ran.add(router_id)
+        if problem is None:
             self._tell(router_id, "ready", "")
         else:
             self._tell(router_id, "failed", problem, fatal=router_id not in self._units_ran)

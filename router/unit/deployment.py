@@ -159,17 +159,18 @@ class RouterUnit:
 
     async def _keep_anchor(self) -> None:
         """Adopt the anchor or start it, and again whenever it dies."""
-        pause_s = 0.0
+        pause_s, ran = 0.0, False
         while not self._closing:
             began_s = time.monotonic()
             try:
                 pid = self._anchor.running() or await self._anchor.start()
-                await self._tell_supervisor(None)
+                ran = True
+                await self._tell_supervisor(None, ran)
                 await self._anchor.ended(pid)
                 logger.warning("the anchor %d has ended", pid)
             except BatonError as error:
                 logger.error("%s", error)
-                await self._tell_supervisor(str(error))
+                await self._tell_supervisor(str(error), ran)
             if time.monotonic() - began_s > _SETTLED_S:
                 pause_s = 0.0
             await asyncio.sleep(pause_s)
@@ -199,11 +200,12 @@ class RouterUnit:
         )
         return answer
 
-    async def _tell_supervisor(self, problem: str | None) -> None:
-        """Once; the supervisor may be away, and the anchor goes before it."""
+    async def _tell_supervisor(self, problem: str | None, ran: bool) -> None:
+        """Once; the supervisor may be away, and the anchor goes before it. One that has just been
+        restarted does not know whether an anchor `ran` before."""
         try:
             actor = await self._find_supervisor()
-            await actor.unit_changed.remote(self._unit.router_id, problem)
+            await actor.unit_changed.remote(self._unit.router_id, problem, ran)
         except (ray.exceptions.RayError, ValueError) as error:
             logger.info("the supervisor does not answer: %s", error)
 
