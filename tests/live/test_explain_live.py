@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,10 +60,19 @@ def curl(recorded: BatonServe, path: str, body: dict[str, Any]) -> tuple[str, di
     return headers["x-request-id"], json.loads(content)
 
 
+def until_edge_spoke(recorded: BatonServe, ticket: str) -> None:
+    """Its log comes after the answer."""
+    began_s = time.monotonic()
+    while not recorded.get(f"/cluster/requests/{ticket}")["edge"]["status"]:
+        assert time.monotonic() - began_s < 5, "the edge says nothing of it"
+        time.sleep(0.02)
+
+
 def test_explain_by_the_header_and_by_the_answers_id(recorded: BatonServe) -> None:
     body = {"model": MODEL, "prompt": "word " * 60, "max_tokens": 9}
     ticket, answer = curl(recorded, "/v1/completions", body)
     assert answer["usage"]["completion_tokens"] == 9
+    until_edge_spoke(recorded, ticket)
     told = baton("explain", ticket, "--url", recorded.url)
     assert told.returncode == 0, told.stderr
     assert told.stdout == baton("explain", answer["id"], "--url", recorded.url).stdout
