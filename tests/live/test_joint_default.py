@@ -1,4 +1,5 @@
-"""What placement does unless it is told otherwise: it splits what costs less in two."""
+"""What placement does unless it is told otherwise: it splits what costs less in two, and refuses
+what would be late."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from openai import OpenAI
+import pytest
+from openai import OpenAI, RateLimitError
 
 from tests.live.cluster_process import BatonServe
 from tests.live.conftest import MODEL
@@ -47,8 +49,15 @@ def test_long_prompts_are_split_where_others_decode(tiny_model: object) -> None:
             while serve.metric("vllm:num_requests_running") < STREAMS:
                 assert time.monotonic() - began_s < 20, "not all of them decode"
                 time.sleep(0.1)
+            with pytest.raises(RateLimitError) as refused:
+                client.completions.create(
+                    model=MODEL, prompt="word", max_tokens=8, extra_headers={"X-Baton-ITL-Ms": "7"}
+                )
             long = decision(8000, 128)
             assert all(each.result()["predicted"]["tpot_s"] > 0 for each in streams)
+        # A step takes 6 ms and more with each request in it.
+        assert "0.007 s were promised; try again in" in refused.value.message
+        assert int(refused.value.response.headers["retry-after"]) >= 1
         assert (short["reason"], short["prefill"]) == ("whole_costs_less", None)
         assert (long["reason"], str(long["prefill"])[:7]) == ("split_costs_less", "prefill")
         compared = {(each["worker"], each["role"]) for each in long["candidates"]}
