@@ -9,8 +9,8 @@ import asyncio
 import ipaddress
 import os
 import re
-import signal
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -23,6 +23,7 @@ import zmq.asyncio
 from zmq.constants import Flag, SocketOption, SocketType
 
 from engine.base import EngineInfo, EngineLoad, EngineStep
+from engine.process_end import has_ended
 from engine.spec import WorkerSpec
 from engine.vllm_host import launch
 from engine.vllm_host.counters import step_counters
@@ -62,7 +63,7 @@ class VllmEngine:
         self._context = zmq.asyncio.Context()
         self._input: zmq.asyncio.Socket = self._context.socket(SocketType.ROUTER)
         self._output: zmq.asyncio.Socket = self._context.socket(SocketType.PULL)
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._ended: asyncio.Task[int] | None = None
         self._watch = EngineWatch(time.monotonic())
         self._hang = ""
@@ -87,7 +88,7 @@ class VllmEngine:
         try:
             self._bind(self._input, "input")
             self._bind(self._output, "output")
-            await self._spawn(self._bind(handshake, "handshake"))
+            self._spawn(self._bind(handshake, "handshake"))
             async with asyncio.timeout(_START_TIMEOUT_S):
                 ready = await self._or_death(self._shake_hands(handshake))
                 self._kv_blocks_total = ready.num_gpu_blocks
@@ -133,13 +134,13 @@ class VllmEngine:
 
     async def stop(self) -> None:
         process = self._process
-        if process is not None and process.returncode is None:
-            process.send_signal(signal.SIGTERM)
+        if process is not None and process.poll() is None:
+            process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
+                await asyncio.wait_for(has_ended(process.pid), _STOP_TIMEOUT_S)
             except TimeoutError:
                 process.kill()
-                await process.wait()
+            process.wait()
         self._context.destroy(linger=0)
 
     def _bind(self, zmq_socket: zmq.asyncio.Socket, name: str) -> str:
@@ -151,7 +152,7 @@ class VllmEngine:
         zmq_socket.bind(address)
         return address
 
-    async def _spawn(self, handshake_address: str) -> None:
+    def _spawn(self, handshake_address: str) -> None:
         args = {"model": self._spec.model, **self._spec.engine_args}
         launch.save(
             self._launch_path,
@@ -165,13 +166,10 @@ class VllmEngine:
             ),
         )
         with self._log_path.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "engine.vllm_host.process",
-                str(self._launch_path),
-                str(os.getpid()),
-                stdin=asyncio.subprocess.DEVNULL,
+            command = [sys.executable, "-m", "engine.vllm_host.process"]
+            self._process = subprocess.Popen(
+                [*command, str(self._launch_path), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **self._environment()},
@@ -232,9 +230,9 @@ class VllmEngine:
             step_time_s=step_time_s if step_time_s < _IDLE_AFTER_S else 0.0,
         )
 
-    async def _watched_end(self, process: asyncio.subprocess.Process) -> int:
+    async def _watched_end(self, process: subprocess.Popen[bytes]) -> int:
         """Its exit status, once it ends; one that hangs is killed."""
-        ended = asyncio.ensure_future(process.wait())
+        ended = asyncio.ensure_future(has_ended(process.pid))
         while not ended.done():
             await asyncio.wait({ended}, timeout=_LOOK_S)
             verdict = self._watch.look(
@@ -246,7 +244,7 @@ class VllmEngine:
             if verdict is not None and not ended.done():
                 self._hang = self._hang or verdict
                 process.kill()  # Stopped, it would not even take a SIGTERM.
-        return ended.result()
+        return process.wait()
 
     async def _or_death(self, work: Awaitable[_T]) -> _T:
         """What `work` gives, or EngineError if the engine process ends first."""

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Final
 import ray
 from ray import serve
 
+from engine.process_end import has_ended
 from protos import membership
 from protos.errors import BatonError
 from router import settings
@@ -58,18 +60,9 @@ class AnchorProcess:
     async def start(self) -> int:
         """Start it detached; returns its pid. Raises BatonError if it ends at once."""
         log = self._paths.logs / "anchor.log"
-        # The shell ends at once, so that the anchor is an orphan: Ray ends its actors' children.
-        shell = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", '"$@" </dev/null >>"$0" 2>&1 & echo $!', str(log),
-            sys.executable, "-m", "router.unit.anchor.process", str(self._paths.directory),
-            # The anchor's children, one of which faces clients, need no key to the cluster.
-            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-            start_new_session=True,
-            stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        told, _ = await shell.communicate()
-        pid = int(told)
-        ended = asyncio.ensure_future(self.ended(pid))
+        before_bytes = log.stat().st_size if log.exists() else 0
+        pid = await asyncio.to_thread(self._launch, log)
+        ended = asyncio.ensure_future(has_ended(pid))
         deadline_s = time.monotonic() + _APPEAR_S
         try:
             while not ended.done() and time.monotonic() < deadline_s:
@@ -78,23 +71,23 @@ class AnchorProcess:
                 await asyncio.wait({ended}, timeout=_LOOK_S)
         finally:
             ended.cancel()
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        said = log.read_bytes()[before_bytes:].decode(errors="replace")
+        last = said.strip().splitlines()[-1:]
         raise BatonError(f"the anchor did not start: {' '.join(last) or f'see {log}'}")
 
-    async def ended(self, pid: int) -> None:
-        """Returns when the process has ended."""
-        loop = asyncio.get_running_loop()
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        event = asyncio.Event()
-        loop.add_reader(descriptor, event.set)
-        try:
-            await event.wait()
-        finally:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
+    def _launch(self, log: Path) -> int:
+        # The shell ends at once, so that the anchor is an orphan: Ray ends its actors' children.
+        # Waited for in a thread: the event loop may never hear of its end (`process_end`).
+        shell = subprocess.run(
+            ["/bin/sh", "-c", '"$@" </dev/null >>"$0" 2>&1 & echo $!', str(log),
+             sys.executable, "-m", "router.unit.anchor.process", str(self._paths.directory)],
+            # The anchor's children, one of which faces clients, need no key to the cluster.
+            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            check=False,
+        )  # fmt: skip
+        return int(shell.stdout)
 
     async def end(self) -> None:
         """Ask it to end, and what it started; kill it when it takes too long."""
@@ -102,7 +95,7 @@ class AnchorProcess:
             return
         os.kill(pid, signal.SIGTERM)
         try:
-            await asyncio.wait_for(self.ended(pid), _END_S)
+            await asyncio.wait_for(has_ended(pid), _END_S)
         except TimeoutError:
             os.kill(pid, signal.SIGKILL)
 
@@ -166,7 +159,7 @@ class RouterUnit:
                 pid = self._anchor.running() or await self._anchor.start()
                 ran = True
                 await self._tell_supervisor(None, ran)
-                await self._anchor.ended(pid)
+                await has_ended(pid)
                 logger.warning("the anchor %d has ended", pid)
             except BatonError as error:
                 logger.error("%s", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import stat
@@ -34,7 +33,7 @@ from router.replay import replay
 from router.settings import JointSettings
 from tests.router.core.driving import SETTINGS, TICKET, Drive, demand, key
 from tests.router.core.test_histories import walk
-from tests.router.running_router import Unit
+from tests.router.running_router import Unit, until
 
 JOINT = JointSettings(
     ttft_slo_s=1.0, tpot_slo_s=0.05, timing=SimulatedTiming(), max_step_tokens=2048
@@ -260,6 +259,13 @@ def test_an_event_that_is_not_understood(tmp_path: Path, content: bytes, problem
 
 # A router process
 
+ALL_KINDS = {"SnapshotTaken", "WorkerUp", "RequestArrived", "StepReported"}
+
+
+def kinds(path: Path) -> set[str]:
+    """Names of the events that it holds."""
+    return {type(entry.event).__name__ for entry in Recording(path)}
+
 
 @pytest.mark.parametrize("joint", [None, JOINT])
 async def test_a_router_process_records_what_replays(
@@ -278,7 +284,12 @@ async def test_a_router_process_records_what_replays(
             await stream.begun(3)
         unit.anchor.abort(requests[2].request_id)
         unit.kill_worker("d1")
-        await asyncio.sleep(0.3)
+        # Those that came before may all have been there.
+        stays = unit.anchor.ask(unit.request(70, max_tokens=200))
+        await stays.begun(3)
+        # A router that is killed takes with it what it has not written yet.
+        (first,) = directory.iterdir()
+        await until(lambda: kinds(first) >= ALL_KINDS)
         unit.kill_router()
         unit.start_router()
         await unit.anchor.greeted(2)
@@ -291,8 +302,7 @@ async def test_a_router_process_records_what_replays(
     for path in (first, second):
         replayed = replay(Recording(path))
         assert replayed.difference is None
-        kinds = {type(entry.event).__name__ for entry in Recording(path)}
-        assert {"SnapshotTaken", "WorkerUp", "RequestArrived", "StepReported"} <= kinds
+        assert kinds(path) >= ALL_KINDS
     recovered = [e.event for e in Recording(second) if isinstance(e.event, SnapshotTaken)]
     assert recovered[0].underway
     assert not Recording(second).was_cut

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from protos.errors import BatonError
 from router import settings
@@ -27,6 +31,32 @@ async def test_one_that_ends_at_once_is_told_at_once_with_its_reason(tmp_path: P
     with pytest.raises(BatonError, match=r"can't use .*unit\.json"):
         await AnchorProcess(tmp_path).start()
     assert time.monotonic() - began_s < LONG_BEFORE_ITS_LIMIT_S
+
+
+def test_it_hears_of_the_end_without_a_signal(tmp_path: Path) -> None:
+    """As in a worker of Ray, which runs libuv's loop and may take SIGCHLD from it."""
+    paths = UnitPaths(tmp_path)
+    paths.logs.mkdir()
+    paths.unit_settings.write_text("{}")
+    over = threading.Event()
+
+    def take_the_signal() -> None:
+        set_disposition = ctypes.CDLL(None).signal
+        while not over.wait(0.0001):
+            set_disposition(signal.SIGCHLD, 0)  # The default: nothing happens.
+
+    async def start() -> int:
+        async with asyncio.timeout(LONG_BEFORE_ITS_LIMIT_S):
+            return await AnchorProcess(tmp_path).start()
+
+    thread = threading.Thread(target=take_the_signal)
+    thread.start()
+    try:
+        with pytest.raises(BatonError, match=r"can't use .*unit\.json"):
+            uvloop.run(start())
+    finally:
+        over.set()
+        thread.join()
 
 
 async def test_it_waits_for_the_port_that_the_one_before_still_holds(tmp_path: Path) -> None:
