@@ -15,7 +15,6 @@ from engine.profiles import EngineProfile
 from engine.roofline import Device, ModelSize, Shares
 
 MEMORY_SHARE: Final = 0.7
-_WEIGHT_BYTES: Final = 2
 
 
 class Gpu(NamedTuple):
@@ -36,9 +35,9 @@ A100: Final = Gpu(Device(312e12, 2.04e12, 20e9), 80e9)
 A800: Final = Gpu(Device(312e12, 2.04e12, 87e9 / 8), 80e9)
 """Its link: 87 GB/s for a machine of eight and four ports of 200 Gbit/s, as Mooncake measured."""
 A10: Final = Gpu(Device(125e12, 0.6e12, 8e9), 24e9)
-LLAMA_7B: Final = Model("LLaMA-7B", ModelSize(6.7e9, 32, 32, 32, 128))
-LLAMA_8B: Final = Model("Llama-3.1-8B", ModelSize(8.0e9, 32, 32, 8, 128))
-LLAMA_70B: Final = Model("Llama-3-70B", ModelSize(70.6e9, 80, 64, 8, 128))
+LLAMA_7B: Final = Model("LLaMA-7B", ModelSize(6.7e9, 2 * 6.7e9, 32, 32, 32, 128))
+LLAMA_8B: Final = Model("Llama-3.1-8B", ModelSize(8.0e9, 2 * 8.0e9, 32, 32, 8, 128))
+LLAMA_70B: Final = Model("Llama-3-70B", ModelSize(70.6e9, 2 * 70.6e9, 80, 64, 8, 128))
 
 
 def roofline(
@@ -51,7 +50,7 @@ def roofline(
         model=model.name,
         gpus=gpus,
         kv_bytes_per_token=model.size.kv_bytes_per_token,
-        weights_bytes=_WEIGHT_BYTES * model.size.parameters,
+        weights_bytes=model.size.weights_bytes,
         step_base_s=timing.step_base_s,
         prefill_token_s=timing.prefill_token_s,
         prefill_pair_s=timing.prefill_pair_s,

@@ -44,10 +44,14 @@ def timing(config: Config, model: Path) -> SimulatedTiming:
     """As configured, or else by the constants of the model, whose directory this is."""
     if (known := configured(config)) is not None:
         return known
-    size = ModelSize.read(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    arguments = config.engine_args_of("decode")
+    # What engines quantise as they load it; a checkpoint's own goes before.
+    loaded = {"quantization_config": {"quant_method": arguments.get("quantization")}}
+    content = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    size = ModelSize.read(loaded | content)
     if size is None:
         return PROFILES[_LIKE_ANY].timing(_block_tokens(config))
-    devices = int(config.engine_args_of("decode").get("tensor_parallel_size") or 1)
+    devices = int(arguments.get("tensor_parallel_size") or 1)
     return roofline(size, CPU if is_cpu_install() else H100, devices, _block_tokens(config))
 
 

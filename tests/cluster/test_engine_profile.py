@@ -53,6 +53,14 @@ def test_else_the_models_constants_tell(tmp_path: Path) -> None:
     assert large.prefill_token_s > small.prefill_token_s > 0
 
 
+def test_weights_that_engines_quantise_as_they_load_them(tmp_path: Path) -> None:
+    plain = timing(tmp_path)
+    loaded = timing(tmp_path, engine_args={"quantization": "fp8"})
+    own = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    stored = timing(tmp_path, {**SMALL, **own}, engine_args={"quantization": "awq"})
+    assert plain.step_base_s > loaded.step_base_s > stored.step_base_s
+
+
 def test_a_model_of_another_kind_is_taken_to_be_like_any(tmp_path: Path) -> None:
     found = timing(tmp_path, model={"num_experts_per_tok": 8}, engine_args={"block_size": 16})
     assert found == PROFILES["llama-3.1-8b-h100"].timing(16)
