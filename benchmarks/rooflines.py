@@ -8,17 +8,19 @@ they are called.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from engine import roofline as costs
+from engine.devices import GPUS, Device
 from engine.profiles import EngineProfile
-from engine.roofline import Device, ModelSize, Shares
+from engine.roofline import ModelSize, Shares
 
 MEMORY_SHARE: Final = 0.7
 
 
 class Gpu(NamedTuple):
-    """Of one, by its data sheet; its link to other machines as it was measured, or assumed."""
+    """Its link to other machines is as it was measured, or assumed."""
 
     device: Device
     memory_bytes: float
@@ -31,10 +33,10 @@ class Model(NamedTuple):
     size: ModelSize
 
 
-A100: Final = Gpu(Device(312e12, 2.04e12, 20e9), 80e9)
-A800: Final = Gpu(Device(312e12, 2.04e12, 87e9 / 8), 80e9)
+A100: Final = Gpu(replace(GPUS["A100"], link_bytes_s=20e9), 80e9)
+A800: Final = Gpu(replace(GPUS["A100"], link_bytes_s=87e9 / 8), 80e9)
 """Its link: 87 GB/s for a machine of eight and four ports of 200 Gbit/s, as Mooncake measured."""
-A10: Final = Gpu(Device(125e12, 0.6e12, 8e9), 24e9)
+A10: Final = Gpu(replace(GPUS["A10"], link_bytes_s=8e9), 24e9)
 LLAMA_7B: Final = Model("LLaMA-7B", ModelSize(6.7e9, 2 * 6.7e9, 32, 32, 32, 128))
 LLAMA_8B: Final = Model("Llama-3.1-8B", ModelSize(8.0e9, 2 * 8.0e9, 32, 32, 8, 128))
 LLAMA_70B: Final = Model("Llama-3-70B", ModelSize(70.6e9, 2 * 70.6e9, 80, 64, 8, 128))

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from engine.devices import Device
 from engine.quantization import PLAIN_BITS, weight_bits
 from engine.spec import SimulatedTiming
 
@@ -40,26 +41,6 @@ class Shares:
 
 
 SHARES: Final = Shares()
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a model runs on, by its data sheet."""
-
-    operations_s: float
-    """Dense, bfloat16."""
-    memory_bytes_s: float
-    link_bytes_s: float
-    step_overhead_s: float = 0.0
-    """What a step takes beside its work."""
-
-
-H100: Final = Device(operations_s=989e12, memory_bytes_s=3.35e12, link_bytes_s=50e9)
-"""NVIDIA's data sheet of the H100 SXM; a port of InfiniBand NDR."""
-CPU: Final = Device(
-    operations_s=100e9, memory_bytes_s=10e9, link_bytes_s=1e9, step_overhead_s=0.005
-)
-"""A guess at a few cores, beside others; PyTorch's calls are most of a small model's step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 import pytest
 
+from engine.devices import CPU, H100
 from engine.profiles import PROFILES
-from engine.roofline import CPU, H100, ModelSize, roofline
+from engine.roofline import ModelSize, roofline
 
 BLOCK_TOKENS = 16
 
