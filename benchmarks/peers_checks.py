@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
-from benchmarks.peers_runs import Finding, of_size, serve
+from benchmarks.peers_runs import Finding, Seen, of_size, serve
 from benchmarks.peers_workloads import (
     Groups,
     exponential,
@@ -176,11 +176,7 @@ def llmd_guide(shared: Path, scale: float) -> Finding:
 
 def aibrix(shared: Path, scale: float) -> Finding:
     """Nothing is published. Agents at 30/s on 8 engines with the 8B model."""
-    wish = Wish(30.0, 300.0 * scale)
-    layout = Layout(PROFILES["llama-3.1-8b-h100"], 0, 8)
-    fewest, prefix = (
-        serve(layout, policy, agents(wish)) for policy in ("least_loaded", "aibrix_prefix")
-    )
+    fewest, prefix = _on_agents("aibrix_prefix", 0, 8, Wish(30.0, 300.0 * scale))
     return Finding(
         "none; expected: more hits than with the fewest requests, a spread of requests near 8",
         f"hit rate {fewest.hit_rate:.0%} to {prefix.hit_rate:.0%}, spread {fewest.spread:.1f} to "
@@ -191,17 +187,19 @@ def aibrix(shared: Path, scale: float) -> Finding:
 
 def aibrix_pd(shared: Path, scale: float) -> Finding:
     """Nothing is published. Agents at 8/s on 3 prefill and 5 decode engines with the 8B model."""
-    wish = Wish(8.0, 300.0 * scale)
-    layout = Layout(PROFILES["llama-3.1-8b-h100"], 3, 5)
-    fewest, pairs = (
-        serve(layout, policy, agents(wish)) for policy in ("least_loaded", "aibrix_pd")
-    )
+    fewest, pairs = _on_agents("aibrix_pd", 3, 5, Wish(8.0, 300.0 * scale))
     return Finding(
         "none; expected: more hits than with the fewest requests",
         f"hit rate {fewest.hit_rate:.0%} to {pairs.hit_rate:.0%}, TTFT mean "
         f"{fewest.ttft_mean_s:.2f} to {pairs.ttft_mean_s:.2f} s",
         None,
     )
+
+
+def _on_agents(policy: str, prefill: int, decode: int, wish: Wish) -> tuple[Seen, Seen]:
+    """Agents served by the fewest requests, and by this policy."""
+    layout = Layout(PROFILES["llama-3.1-8b-h100"], prefill, decode)
+    return serve(layout, "least_loaded", agents(wish)), serve(layout, policy, agents(wish))
 
 
 def llumnix(shared: Path, scale: float) -> Finding:
