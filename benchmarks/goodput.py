@@ -26,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import shared_files
 from benchmarks.report import table
 from benchmarks.workloads import LARGE, WORKLOADS
 from engine.profiles import PROFILES
@@ -246,12 +247,21 @@ def _interval(values: list[float]) -> str:
     return f"{mean:.3g} ± {half:.2g}"
 
 
+def work_all(store: Store, given: argparse.Namespace) -> None:
+    """What was asked for and is not there yet: roughly by the coarse cells, then finely."""
+    policies = given.policies.split(",")
+    for model in given.models.split(","):
+        for workload in given.workloads.split(","):
+            start = WORKLOADS[workload].start_rps * MODELS[model][2]
+            coarse = [(cell, start) for cell in coarse_cells(model, workload, policies)]
+            work(store, coarse, given.shared, given.jobs)
+            fine = list(fine_cells(store, model, workload, policies, given.seeds))
+            work(store, fine, given.shared, given.jobs)
+
+
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = shared_files.parser(__doc__)
     parser.add_argument("--store", type=Path, default=Path("benchmarks/results/goodput.jsonl"))
     parser.add_argument("--models", default="8b,70b")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
@@ -262,14 +272,8 @@ def main() -> None:
     given = parser.parse_args()
     store = Store(given.store)
     if not given.report:
-        policies = given.policies.split(",")
-        for model in given.models.split(","):
-            for workload in given.workloads.split(","):
-                start = WORKLOADS[workload].start_rps * MODELS[model][2]
-                coarse = [(cell, start) for cell in coarse_cells(model, workload, policies)]
-                work(store, coarse, given.shared, given.jobs)
-                fine = list(fine_cells(store, model, workload, policies, given.seeds))
-                work(store, fine, given.shared, given.jobs)
+        with shared_files.needed():
+            work_all(store, given)
     print(report(store, given.seeds))
 
 

@@ -12,14 +12,13 @@ mooncake_scheduling (random, least loaded, Mooncake).
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
+from benchmarks import shared_files
 from benchmarks.peers_runs import Finding, Seen, of_size, serve
 from benchmarks.peers_workloads import (
     Groups,
@@ -34,7 +33,7 @@ from benchmarks.report import table
 from benchmarks.rooflines import A10, A100, LLAMA_7B, LLAMA_8B, roofline
 from engine.profiles import PROFILES
 from simulator.cluster import Layout
-from simulator.traces import TracedRequest, TraceError
+from simulator.traces import TracedRequest
 from simulator.workloads import Wish, agents, sessions, sped_up
 
 
@@ -252,16 +251,11 @@ def _said(holds: bool | None) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = shared_files.parser(__doc__)
     parser.add_argument("--only", choices=CHECKS, help="one of them")
     given = parser.parse_args()
-    try:
+    with shared_files.needed():
         print(report(given.shared, [given.only] if given.only else CHECKS))
-    except (TraceError, FileNotFoundError) as error:
-        sys.exit(f"{error}; --shared names the directory that holds traces/ and perf/")
 
 
 if __name__ == "__main__":
