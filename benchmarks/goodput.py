@@ -189,7 +189,7 @@ def _interval(values: list[float]) -> str:
 
 
 def work_all(store: Store, given: argparse.Namespace) -> None:
-    """What was asked for and is not there yet: roughly by the coarse cells, then finely."""
+    """All that was asked for and is not there yet: coarsely first, which tells what to refine."""
     for model in given.models:
         for workload in given.workloads:
             start = WORKLOADS[workload].start_rps * MODELS[model][2]

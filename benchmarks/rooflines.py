@@ -1,9 +1,8 @@
 """Engines that nobody measured for us, by the costs of `engine.roofline`.
 
-The engines of the publications are older than those that its shares were chosen for. Here all that
-is computed, in prompts, attention and decodes, is at one share of the peak, which is the caller's
-assumption, and all that is read at MEMORY_SHARE of the memory's bandwidth. Models are as large as
-they are called.
+What share of their peaks the publications' engines reached is not known. Here all that is
+computed, in prompts, attention and decodes, is at one share, which is the caller's assumption, and
+all that is read at MEMORY_SHARE of the memory's bandwidth. Models are as large as they are called.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ GPUS: Final = {
     "A10": Device(125e12, 0.6e12, _PCIE_BYTES_S),
     "A10G": Device(70e12, 0.6e12, _PCIE_BYTES_S),
 }
-"""By Ray's names, which are those of NVIDIA's driver without the variant: the largest is meant,
-which is SXM with 80 GB of an A100 or H100."""
+"""By Ray's names, which are those of NVIDIA's driver without the variant: SXM is meant where there
+are several, and of A100s those with 80 GB."""
 CPU: Final = Device(
     operations_s=100e9, memory_bytes_s=10e9, link_bytes_s=1e9, step_overhead_s=0.005
 )
