@@ -14,7 +14,6 @@ With `--picture` both are drawn over time.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from benchmarks import shared_files
 from benchmarks.report import table
 from benchmarks.workloads import WORKLOADS, Workload
 from engine.profiles import PROFILES
@@ -167,10 +167,7 @@ def _draw(pools: Pools, canvas: Canvas) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = shared_files.parser(__doc__)
     parser.add_argument("--picture", type=Path, help="a PNG of the pools over time")
     parser.add_argument("--requests", type=int, default=8000, help="of each cut, at most")
     given = parser.parse_args()
@@ -179,7 +176,8 @@ def main() -> None:
         "workload, prefill + decode, rate", "policy", "served as promised", "refused", "late",
         "swing prefill / decode", "correlation",
     )  # fmt: skip
-    print(table(heads, rows(given.shared, LOADS, given.requests, pictured)))
+    with shared_files.needed():
+        print(table(heads, rows(given.shared, LOADS, given.requests, pictured)))
     if given.picture is not None:
         summary = "Prompt tokens in the prefill pool (line), requests in the decode pool (dashed)."
         picture.write(given.picture, "Both pools at twice what can be served", summary, pictured)

@@ -14,9 +14,7 @@ spread over its 500 tokens. `--cached` fits as if it were not so.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from benchmarks import shared_files
 from benchmarks.report import table
 from engine.latency_model import StepTimes, StepWork
 from engine.spec import SimulatedTiming
@@ -207,14 +206,12 @@ def report(sweeps: dict[Setup, list[Point]], prompts_cached: bool) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = shared_files.parser(__doc__)
     parser.add_argument("--cached", action="store_true", help="as if no prompt was computed twice")
     given = parser.parse_args()
-    path = given.shared / "perf" / "dynamo_planner_measured.csv"
-    if not path.is_file():
-        sys.exit(f"{path} is absent; --shared names the directory that holds perf/")
-    print(report(read(path), given.cached))
+    with shared_files.needed():
+        points = read(given.shared / "perf" / "dynamo_planner_measured.csv")
+    print(report(points, given.cached))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ the profiles in `engine/profiles.py` hold these numbers, prefill's 1.2 times.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from benchmarks import shared_files
 from benchmarks.report import table
 
 ENGINES: Final = (
@@ -77,14 +76,9 @@ def report(shared: Path) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    try:
-        print(report(parser.parse_args().shared))
-    except FileNotFoundError as error:
-        sys.exit(f"{error.filename} is absent; --shared names the directory that holds perf/")
+    given = shared_files.parser(__doc__).parse_args()
+    with shared_files.needed():
+        print(report(given.shared))
 
 
 if __name__ == "__main__":

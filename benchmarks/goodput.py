@@ -14,18 +14,16 @@ nothing but the duration.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import shared_files
+from benchmarks.goodput_store import Cell, Store, code_digest
 from benchmarks.report import table
 from benchmarks.workloads import LARGE, WORKLOADS
 from engine.profiles import PROFILES
@@ -35,7 +33,6 @@ from simulator.experiment import OURS, POLICIES, Outcome, run
 from simulator.goodput import highest_rate
 from simulator.traces import BLOCK_TOKENS
 
-_ROOT: Final = Path(__file__).parents[1]
 MODELS: Final = {"8b": ("llama-3.1-8b-h100", 1.0, 1.0), "70b": ("llama-3.1-70b-h100x4", LARGE, 0.3)}
 """Profile, how much longer its SLOs are, and about how many times the 8B model's rate it serves."""
 ENGINES: Final = 8
@@ -45,31 +42,6 @@ SHARES: Final = (0.9, 0.99)
 LEAST_RPS: Final = 0.05
 COARSE: Final = 0.1
 FINE: Final = 0.03
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One search."""
-
-    model: str
-    workload: str
-    policy: str
-    prefill: int
-    seed: int
-    share: float
-    precision: float
-    code: str
-    """What made it; see `code_digest`."""
-
-
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Of all that a result depends on besides the traces."""
-    digest = hashlib.blake2b(digest_size=6)
-    for folder in ("router/core", "kvstore", "engine", "simulator", "benchmarks"):
-        for path in sorted(_ROOT.joinpath(folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def search(cell: Cell, shared: Path, start_rps: float) -> tuple[float, list[dict[str, Any]]]:
@@ -111,36 +83,6 @@ def _told(
             "tpot_p99_s": round(measured.tpot.quantile_s(0.99), 5),
         }
     return told
-
-
-class Store:
-    """All searches so far, one to a line; one that was cut off while it was written is none."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._found: dict[Cell, float] = {}
-        kept = ""
-        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-            if line.endswith("\n"):
-                self._take(json.loads(line))
-                kept += line
-        if path.exists():
-            path.write_text(kept)
-
-    def goodput(self, cell: Cell) -> float | None:
-        """Requests per second, if the search is over."""
-        return self._found.get(cell)
-
-    def add(self, cell: Cell, goodput_rps: float, made: list[dict[str, Any]]) -> None:
-        """A search is over."""
-        line = {**asdict(cell), "goodput_rps": round(goodput_rps, 4), "runs": made}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._take(line)
-
-    def _take(self, line: dict[str, Any]) -> None:
-        cell = Cell(**{name: line[name] for name in Cell.__slots__})
-        self._found[cell] = line["goodput_rps"]
 
 
 def coarse_cells(model: str, workload: str, policies: Iterable[str]) -> Iterator[Cell]:
@@ -246,30 +188,42 @@ def _interval(values: list[float]) -> str:
     return f"{mean:.3g} ± {half:.2g}"
 
 
+def work_all(store: Store, given: argparse.Namespace) -> None:
+    """All that was asked for and is not there yet: coarsely first, which tells what to refine."""
+    for model in given.models:
+        for workload in given.workloads:
+            start = WORKLOADS[workload].start_rps * MODELS[model][2]
+            coarse = [(cell, start) for cell in coarse_cells(model, workload, given.policies)]
+            work(store, coarse, given.shared, given.jobs)
+            fine = list(fine_cells(store, model, workload, given.policies, given.seeds))
+            work(store, fine, given.shared, given.jobs)
+
+
+def _some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        wanted = text.split(",")
+        for name in wanted:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"no {name!r}; there are {', '.join(known)}")
+        return wanted
+
+    return names
+
+
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = shared_files.parser(__doc__)
     parser.add_argument("--store", type=Path, default=Path("benchmarks/results/goodput.jsonl"))
-    parser.add_argument("--models", default="8b,70b")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS))
-    parser.add_argument("--policies", default=",".join(POLICIES))
+    for what, known in (("models", MODELS), ("workloads", WORKLOADS), ("policies", POLICIES)):
+        parser.add_argument(f"--{what}", type=_some_of(known), default=",".join(known))
     parser.add_argument("--seeds", type=int, default=2, choices=range(1, 6))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only print what is there")
     given = parser.parse_args()
     store = Store(given.store)
     if not given.report:
-        policies = given.policies.split(",")
-        for model in given.models.split(","):
-            for workload in given.workloads.split(","):
-                start = WORKLOADS[workload].start_rps * MODELS[model][2]
-                coarse = [(cell, start) for cell in coarse_cells(model, workload, policies)]
-                work(store, coarse, given.shared, given.jobs)
-                fine = list(fine_cells(store, model, workload, policies, given.seeds))
-                work(store, fine, given.shared, given.jobs)
+        with shared_files.needed():
+            work_all(store, given)
     print(report(store, given.seeds))
 
 

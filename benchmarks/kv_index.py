@@ -101,6 +101,21 @@ def measure(sizes: Sizes) -> Costs:
     """Build the index, ask it, change it."""
     index = KvIndex(2 * sizes.blocks)
     prompts = -(-sizes.blocks // LONGEST_BLOCKS)
+    stored_per_s, bytes_per_block = build(sizes, index, prompts)
+    gc.collect()
+    gc.freeze()
+    return Costs(
+        question_ms=time_questions(sizes, index, prompts),
+        decision_ms=time_decisions(sizes, index, prompts),
+        stored_per_s=stored_per_s,
+        bytes_per_block=bytes_per_block,
+        changes_after_drop_ms=time_changes_after_drop(index, prompts),
+        removed_per_s=time_removals(sizes, index, prompts),
+    )
+
+
+def build(sizes: Sizes, index: KvIndex, prompts: int) -> tuple[float, float]:
+    """Fill it with so many prompts; returns blocks stored a second, and bytes of each."""
     process = psutil.Process()
     before_bytes = process.memory_info().rss
     store_s, stored = 0.0, 0
@@ -112,10 +127,11 @@ def measure(sizes: Sizes) -> Costs:
                 index.store(worker, part)
         store_s += time.perf_counter() - began_s
         stored += len(addresses) * sizes.holders
-    bytes_per_block = (process.memory_info().rss - before_bytes) / index.entries
-    gc.collect()
-    gc.freeze()
+    return stored / store_s, (process.memory_info().rss - before_bytes) / index.entries
 
+
+def time_questions(sizes: Sizes, index: KvIndex, prompts: int) -> dict[int, dict[str, list[float]]]:
+    """See `Costs.question_ms`."""
     chance = random.Random(0)
     question_ms: dict[int, dict[str, list[float]]] = {}
     for tokens in PROMPT_TOKENS:
@@ -132,9 +148,11 @@ def measure(sizes: Sizes) -> Costs:
             times["hash"].append(1000 * (hashed_s - began_s))
             times["walk"].append(1000 * (ended_s - hashed_s))
             times["both"].append(1000 * (ended_s - began_s))
+    return question_ms
 
-    decision_ms = time_decisions(sizes, index, prompts)
 
+def time_changes_after_drop(index: KvIndex, prompts: int) -> list[float]:
+    """Milliseconds of each change while what a dropped worker held is cleared away."""
     while_cleared = -(-index.blocks_of("w0") // CLEARED_AT_ONCE)
     index.drop("w0")
     changes_ms = []
@@ -143,9 +161,12 @@ def measure(sizes: Sizes) -> Costs:
         began_s = time.perf_counter()
         index.store("w1", part)
         changes_ms.append(1000 * (time.perf_counter() - began_s))
+    return changes_ms
 
-    removed = 0
-    remove_s = 0.0
+
+def time_removals(sizes: Sizes, index: KvIndex, prompts: int) -> float:
+    """Blocks removed a second."""
+    removed, remove_s = 0, 0.0
     for number in range(min(prompts, 50)):
         addresses = block_addresses(_ROOT, prompt(number), BLOCK_TOKENS)
         began_s = time.perf_counter()
@@ -153,9 +174,7 @@ def measure(sizes: Sizes) -> Costs:
             index.remove(holders_of(number, sizes)[-1], part)
         remove_s += time.perf_counter() - began_s
         removed += len(addresses)
-    return Costs(
-        question_ms, decision_ms, stored / store_s, removed / remove_s, changes_ms, bytes_per_block
-    )
+    return removed / remove_s
 
 
 def time_decisions(sizes: Sizes, index: KvIndex, prompts: int) -> dict[int, list[list[float]]]:

@@ -20,16 +20,15 @@ Assumptions:
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from benchmarks import shared_files
 from benchmarks.report import table
 from benchmarks.rooflines import A800, LLAMA_70B, roofline
 from router.core.costs import Slo
@@ -175,16 +174,11 @@ def _ratios(times_s: Sequence[float]) -> list[str]:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = shared_files.parser(__doc__)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    try:
+    with shared_files.needed():
         print(report(given.shared, given.jobs))
-    except traces.TraceError as error:
-        sys.exit(f"{error}; --shared names the directory that holds traces/")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ mooncake_scheduling (random, least loaded, Mooncake).
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
-from benchmarks.peers_runs import Finding, of_size, serve
+from benchmarks import shared_files
+from benchmarks.peers_runs import Finding, Seen, of_size, serve
 from benchmarks.peers_workloads import (
     Groups,
     exponential,
@@ -34,7 +33,7 @@ from benchmarks.report import table
 from benchmarks.rooflines import A10, A100, LLAMA_7B, LLAMA_8B, roofline
 from engine.profiles import PROFILES
 from simulator.cluster import Layout
-from simulator.traces import TracedRequest, TraceError
+from simulator.traces import TracedRequest
 from simulator.workloads import Wish, agents, sessions, sped_up
 
 
@@ -176,11 +175,7 @@ def llmd_guide(shared: Path, scale: float) -> Finding:
 
 def aibrix(shared: Path, scale: float) -> Finding:
     """Nothing is published. Agents at 30/s on 8 engines with the 8B model."""
-    wish = Wish(30.0, 300.0 * scale)
-    layout = Layout(PROFILES["llama-3.1-8b-h100"], 0, 8)
-    fewest, prefix = (
-        serve(layout, policy, agents(wish)) for policy in ("least_loaded", "aibrix_prefix")
-    )
+    fewest, prefix = _on_agents("aibrix_prefix", 0, 8, Wish(30.0, 300.0 * scale))
     return Finding(
         "none; expected: more hits than with the fewest requests, a spread of requests near 8",
         f"hit rate {fewest.hit_rate:.0%} to {prefix.hit_rate:.0%}, spread {fewest.spread:.1f} to "
@@ -191,17 +186,19 @@ def aibrix(shared: Path, scale: float) -> Finding:
 
 def aibrix_pd(shared: Path, scale: float) -> Finding:
     """Nothing is published. Agents at 8/s on 3 prefill and 5 decode engines with the 8B model."""
-    wish = Wish(8.0, 300.0 * scale)
-    layout = Layout(PROFILES["llama-3.1-8b-h100"], 3, 5)
-    fewest, pairs = (
-        serve(layout, policy, agents(wish)) for policy in ("least_loaded", "aibrix_pd")
-    )
+    fewest, pairs = _on_agents("aibrix_pd", 3, 5, Wish(8.0, 300.0 * scale))
     return Finding(
         "none; expected: more hits than with the fewest requests",
         f"hit rate {fewest.hit_rate:.0%} to {pairs.hit_rate:.0%}, TTFT mean "
         f"{fewest.ttft_mean_s:.2f} to {pairs.ttft_mean_s:.2f} s",
         None,
     )
+
+
+def _on_agents(policy: str, prefill: int, decode: int, wish: Wish) -> tuple[Seen, Seen]:
+    """Agents served by the fewest requests, and by this policy."""
+    layout = Layout(PROFILES["llama-3.1-8b-h100"], prefill, decode)
+    return serve(layout, "least_loaded", agents(wish)), serve(layout, policy, agents(wish))
 
 
 def llumnix(shared: Path, scale: float) -> Finding:
@@ -254,16 +251,11 @@ def _said(holds: bool | None) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = shared_files.parser(__doc__)
     parser.add_argument("--only", choices=CHECKS, help="one of them")
     given = parser.parse_args()
-    try:
+    with shared_files.needed():
         print(report(given.shared, [given.only] if given.only else CHECKS))
-    except (TraceError, FileNotFoundError) as error:
-        sys.exit(f"{error}; --shared names the directory that holds traces/ and perf/")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,20 @@ conversation trace stands a reference that was counted independently. Prints a M
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Final
 
+from benchmarks import shared_files
 from benchmarks.report import machine, table
 from simulator import traces
 from simulator.prefix_cache import distinct_tokens, token_hit_rate
 
 TRACES: Final = ("mooncake_conversation", "mooncake_arxiv_first1000")
 SIZES_MTOKENS: Final = (1, 3, 5, 10, 20, 50)
-REFERENCE_PERCENT: Final = {1: 5.4, 3: 13.9, 5: 21.1, 10: 29.1, 20: 35.8, 50: 37.1}
-"""Of the conversation trace, by the cache's size in millions of tokens."""
-REFERENCE_UNBOUNDED_PERCENT: Final = 37.4
+REFERENCE_PERCENT: Final[dict[int | None, float]] = {
+    1: 5.4, 3: 13.9, 5: 21.1, 10: 29.1, 20: 35.8, 50: 37.1, None: 37.4,
+}  # fmt: skip
+"""Of the conversation trace, by the cache's size in millions of tokens; None: without bounds."""
 
 
 def percentages(path: Path) -> dict[int | None, float]:
@@ -35,21 +35,14 @@ def percentages(path: Path) -> dict[int | None, float]:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    shared: Path = parser.parse_args().shared
-    try:
+    shared: Path = shared_files.parser(__doc__).parse_args().shared
+    with shared_files.needed():
         found = {name: percentages(shared / "traces" / f"{name}.jsonl.gz") for name in TRACES}
-    except traces.TraceError as error:
-        sys.exit(f"{error}; --shared names the directory that holds traces/")
-    reference = {**REFERENCE_PERCENT, None: REFERENCE_UNBOUNDED_PERCENT}
     rows = [
         [
             "unbounded" if size is None else f"{size} M",
             f"{percent:.1f}",
-            f"{reference[size]:.1f}",
+            f"{REFERENCE_PERCENT[size]:.1f}",
             *(f"{found[name][size]:.1f}" for name in TRACES[1:]),
         ]
         for size, percent in found[TRACES[0]].items()

@@ -14,11 +14,9 @@ stages. Of the 6,000 tokens 5,632 are whole blocks here, and shared.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -26,6 +24,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from benchmarks import shared_files
 from benchmarks.report import table
 from engine.latency_model import StepTimes
 from engine.profiles import PROFILES
@@ -145,15 +144,9 @@ def report(shared: Path) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    shared: Path = parser.parse_args().shared
-    try:
-        print(report(shared))
-    except FileNotFoundError as error:
-        sys.exit(f"{error.filename} is absent; --shared names the directory that holds perf/")
+    given = shared_files.parser(__doc__).parse_args()
+    with shared_files.needed():
+        print(report(given.shared))
 
 
 if __name__ == "__main__":

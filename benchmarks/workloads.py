@@ -49,7 +49,9 @@ class Workload:
         window = whole[skipped : skipped + self.most_requests]
         begin_s = window[0].arrival_s
         base_rps = len(window) / (window[-1].arrival_s - begin_s)
-        moved = (each._replace(arrival_s=each.arrival_s - begin_s) for each in window)
+        moved: Iterator[TracedRequest] = (
+            each._replace(arrival_s=each.arrival_s - begin_s) for each in window
+        )
         if self.grid_s:
             moved = workloads.jittered(moved, self.grid_s, seed)
         return workloads.sped_up(moved, rate_rps / base_rps)

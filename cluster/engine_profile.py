@@ -8,7 +8,9 @@ constants tell (`engine.roofline`). The router corrects all of it by what the en
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -17,8 +19,9 @@ import yaml
 
 from cluster.config import Config
 from cluster.engine_defaults import is_cpu_install
+from engine.devices import CPU, GPUS, H100, Device
 from engine.profiles import PROFILES
-from engine.roofline import CPU, H100, ModelSize, roofline
+from engine.roofline import ModelSize, roofline
 from engine.spec import Role, SimulatedTiming
 from protos.errors import ConfigError, nearest
 
@@ -30,6 +33,8 @@ _FILES: Final = (".yaml", ".yml", ".json")
 _LIKE_ANY: Final = "llama-3.1-8b-h100"
 """Where a model's constants say too little."""
 
+logger = logging.getLogger(__name__)
+
 
 def configured(config: Config) -> SimulatedTiming | None:
     """What the configuration says of it. Raises ConfigError for a profile that is none."""
@@ -40,21 +45,40 @@ def configured(config: Config) -> SimulatedTiming | None:
     return config.simulated.timing() if config.engine == "simulated" else None
 
 
-def timing(config: Config, model: Path) -> SimulatedTiming:
-    """As configured, or else by the constants of the model, whose directory this is."""
+def timing(config: Config, model: Path, accelerators: Collection[str]) -> SimulatedTiming:
+    """As configured, or else by the constants of the model, whose directory this is, and of what
+    Ray's machines say that they have."""
     if (known := configured(config)) is not None:
         return known
-    size = ModelSize.read(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    arguments = config.engine_args_of("decode")
+    # What engines quantise as they load it; a checkpoint's own goes before.
+    loaded = {"quantization_config": {"quant_method": arguments.get("quantization")}}
+    content = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    size = ModelSize.read(loaded | content)
     if size is None:
         return PROFILES[_LIKE_ANY].timing(_block_tokens(config))
-    devices = int(config.engine_args_of("decode").get("tensor_parallel_size") or 1)
-    return roofline(size, CPU if is_cpu_install() else H100, devices, _block_tokens(config))
+    devices = int(arguments.get("tensor_parallel_size") or 1)
+    device = CPU if is_cpu_install() else _gpu(accelerators)
+    return roofline(size, device, devices, _block_tokens(config))
 
 
 def max_step_tokens(config: Config) -> int:
     """What an engine computes in one step at most, where prompts are computed."""
     role: Role = "prefill" if config.prefill.replicas else "decode"
     return int(config.engine_args_of(role).get("max_num_batched_tokens") or _STEP_TOKENS)
+
+
+def _gpu(accelerators: Collection[str]) -> Device:
+    """The slowest of those that are known: which engine gets which is not."""
+    known = [GPUS[name] for name in accelerators if name in GPUS]
+    if known:
+        return min(known, key=lambda gpu: gpu.memory_bytes_s)
+    logger.warning(
+        "How fast %s is, is not known, so placement's first predictions are of an H100; "
+        "router.engine_profile can name what was measured.",
+        ", ".join(sorted(accelerators)) or "the engines' GPU",
+    )
+    return H100
 
 
 def _block_tokens(config: Config) -> int:

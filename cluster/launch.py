@@ -25,6 +25,8 @@ UNPROMISED_TTFT_MS: Final = 2000.0
 UNPROMISED_TPOT_MS: Final = 50.0
 """What joint placement weighs by where nothing is promised."""
 _APPLICATION: Final = "baton-router-units"
+_ACCELERATOR: Final = "accelerator_type:"
+"""How Ray calls the resource by which a machine tells what its GPUs are."""
 _ROUTER_MODULE: Final = "router.process"
 _OWN_VLLM_RS: Final = Path(sys.executable).parent / "vllm-rs"
 
@@ -172,9 +174,17 @@ def _joint(config: Config, directory: Path) -> JointSettings | None:
     return JointSettings(
         ttft_slo_s=(config.router.ttft_slo_ms or UNPROMISED_TTFT_MS) / 1000,
         tpot_slo_s=(config.router.tpot_slo_ms or UNPROMISED_TPOT_MS) / 1000,
-        timing=engine_profile.timing(config, directory),
+        timing=engine_profile.timing(config, directory, _accelerators()),
         max_step_tokens=engine_profile.max_step_tokens(config),
     )
+
+
+def _accelerators() -> set[str]:
+    """What the machines of the cluster have, by Ray's names."""
+    import ray
+
+    names: list[str] = list(ray.cluster_resources())
+    return {name.removeprefix(_ACCELERATOR) for name in names if name.startswith(_ACCELERATOR)}
 
 
 def _block_tokens(config: Config) -> int:

@@ -48,6 +48,7 @@ class EngineProfile:
     max_model_len_tokens: int = 131_072
     kv_tokens_reported: int | None = None
     """What its KV cache holds, where that is known better than it can be computed."""
+    gpu_memory_bytes: float = _H100_BYTES
     link_bytes_s: float = _LINK_BYTES_S
     """A GPU's part of what reaches other engines."""
 
@@ -56,7 +57,7 @@ class EngineProfile:
         """What its KV cache holds."""
         if self.kv_tokens_reported is not None:
             return self.kv_tokens_reported
-        memory = self.gpus * (_H100_BYTES * _MEMORY_SHARE - _ACTIVATION_BYTES)
+        memory = self.gpus * (self.gpu_memory_bytes * _MEMORY_SHARE - _ACTIVATION_BYTES)
         return int((memory - self.weights_bytes) / self.kv_bytes_per_token)
 
     def timing(self, block_tokens: int) -> SimulatedTiming:

@@ -22,10 +22,6 @@ class EngineError(BatonError):
     """An engine failed to start or died."""
 
 
-class WorkerLost(BatonError):
-    """A worker's process or link is gone."""
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """What was probably meant, for a message."""
     return difflib.get_close_matches(name, list(known), 1, cutoff=0.0)[0]

@@ -9,6 +9,7 @@ Where nobody reads the tokens, as in the simulator, a request is its counts and 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ class Manifest:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class QueuedRequest:
+class QueuedRequest(ABC):
     """One request from its arrival to its end, as scheduling needs it: in counts and blocks."""
 
     request_id: str
@@ -119,27 +120,27 @@ class QueuedRequest:
         """How many of its first tokens a fetch can spare it: the newest has to be computed."""
         return min(source.tokens, self.known_tokens - 1)
 
+    @abstractmethod
     def next_token(self) -> int:
         """The token that follows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def append(self, token: int) -> None:
         """Take a token as output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block_hashes(self, blocks: int, block_size_tokens: int) -> Sequence[bytes]:
         """Hashes of its first so many blocks, which must be full; of fewer where what is in the
         others is not known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block_stored(self, index: int, block_size_tokens: int) -> BlocksStored | None:
         """What there is to tell of a block of it that came into the cache, after its hash was asked
         for; None of one whose tokens are not known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def digest(self, tokens: int) -> str:
         """Names its first so many tokens, or all if it has fewer, and its salt."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

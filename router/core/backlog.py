@@ -9,7 +9,6 @@ goes behind those that can, as if it were due `BEHIND_S` later: later, but not n
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,13 +16,12 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from protos.ids import RequestKey
+from router.core.due_queue import Due, DueQueue
 
 OUTPUT_WEIGHT: Final = 2.0
 """Of an output token against one of a prompt, as in VTC's evaluation."""
 BEHIND_S: Final = 30.0
 TENANTS_KEPT: Final = 10_000
-_STALE_KEPT: Final = 64
-"""Entries of those that left, in a heap, beside as many as wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +45,13 @@ class Before(NamedTuple):
     requests: float = 0.0
 
 
-@dataclass(slots=True)
-class _Tenant:
-    queue: list[tuple[float, int, RequestKey]]
-    """A heap by the time when each is due; those that left stay until they come up."""
-    work_s: float = 0.0
-    waiting: int = 0
-
-
 class Backlog:
     """All that wait, by tenant."""
 
     def __init__(self) -> None:
-        self._waiting: dict[RequestKey, tuple[Waiting, float, int]] = {}
-        """Each with the time by which it is sorted, and the number of its place in the heap."""
-        self._tenants: dict[str, _Tenant] = {}
+        self._waiting: dict[RequestKey, tuple[Waiting, Due]] = {}
+        """Each with its place in its tenant's queue."""
+        self._tenants: dict[str, DueQueue] = {}
         """Those of whom something waits."""
         self._served: OrderedDict[str, float] = OrderedDict()
         """Weighted tokens by tenant; the latest served are kept."""
@@ -82,29 +72,23 @@ class Backlog:
         """It waits from now on; one that waits already stays where it is."""
         if key in self._waiting:
             return
-        tenant = self._tenants.get(waiting.tenant)
-        if tenant is None:
+        queue = self._tenants.get(waiting.tenant)
+        if queue is None:
             self._lift(waiting.tenant)
-            tenant = self._tenants[waiting.tenant] = _Tenant([])
-        tenant.work_s += waiting.prefill_s
-        tenant.waiting += 1
-        self._push(tenant, key, waiting, waiting.due_s)
+            queue = self._tenants[waiting.tenant] = DueQueue()
+        self._enqueue(queue, key, waiting, waiting.due_s)
 
     def remove(self, key: RequestKey) -> None:
         """It waits no more; unknown ones are ignored."""
         found = self._waiting.pop(key, None)
         if found is None:
             return
-        name = found[0].tenant
-        tenant = self._tenants[name]
-        tenant.waiting -= 1
-        tenant.work_s -= found[0].prefill_s
-        if not tenant.waiting:
-            del self._tenants[name]
-            self._last_left = name
-        elif len(tenant.queue) > 2 * tenant.waiting + _STALE_KEPT:
-            tenant.queue = [each for each in tenant.queue if self._is_current(each)]
-            heapq.heapify(tenant.queue)
+        waiting, place = found
+        queue = self._tenants[waiting.tenant]
+        queue.remove(place)
+        if not queue:
+            del self._tenants[waiting.tenant]
+            self._last_left = waiting.tenant
 
     def charge(self, name: str, tokens: float) -> None:
         """A tenant was served so much."""
@@ -124,39 +108,31 @@ class Backlog:
     def before(self, name: str, due_s: float) -> Before:
         """What goes before a request that comes now: of its tenant what is due earlier, and of
         each other what is served while that is."""
-        own_s, own = 0.0, 0
-        for waiting, sorted_s, _ in self._waiting.values():
-            if waiting.tenant == name and sorted_s <= due_s:
-                own_s += waiting.prefill_s
-                own += 1
-        others = [tenant for each, tenant in self._tenants.items() if each != name]
-        # Each other tenant gets its turn for each of this one's: this request's own included.
-        work_s = own_s + sum(
-            min(tenant.work_s, tenant.work_s / tenant.waiting * (own + 1)) for tenant in others
-        )
-        return Before(work_s, own + sum(min(tenant.waiting, own + 1) for tenant in others))
+        own_queue = self._tenants.get(name)
+        work_s, own = (0.0, 0) if own_queue is None else own_queue.before(due_s)
+        requests = own
+        for queue in self._tenants.values():
+            if queue is not own_queue:
+                # Each other tenant gets its turn for each of this one's: this request's included.
+                turns = min(len(queue), own + 1)
+                work_s += queue.work_s / len(queue) * turns
+                requests += turns
+        return Before(work_s, requests)
 
-    def _first(self, now_s: float, tenant: _Tenant) -> RequestKey:
+    def _first(self, now_s: float, queue: DueQueue) -> RequestKey:
         while True:
-            sorted_s, _, key = tenant.queue[0]
-            if not self._is_current(tenant.queue[0]):
-                heapq.heappop(tenant.queue)
-                continue
-            waiting = self._waiting[key][0]
-            if sorted_s == waiting.due_s and now_s + waiting.prefill_s > waiting.late_s:
-                heapq.heappop(tenant.queue)
-                self._push(tenant, key, waiting, waiting.due_s + BEHIND_S)
-            else:
-                return key
+            place = queue.first()
+            waiting = self._waiting[place.key][0]
+            if place.due_s != waiting.due_s or now_s + waiting.prefill_s <= waiting.late_s:
+                return place.key
+            queue.remove(place)
+            self._enqueue(queue, place.key, waiting, waiting.due_s + BEHIND_S)
 
-    def _is_current(self, entry: tuple[float, int, RequestKey]) -> bool:
-        _, number, key = entry
-        return key in self._waiting and self._waiting[key][2] == number
-
-    def _push(self, tenant: _Tenant, key: RequestKey, waiting: Waiting, sorted_s: float) -> None:
+    def _enqueue(self, queue: DueQueue, key: RequestKey, waiting: Waiting, due_s: float) -> None:
         self._numbers += 1
-        self._waiting[key] = (waiting, sorted_s, self._numbers)
-        heapq.heappush(tenant.queue, (sorted_s, self._numbers, key))
+        place = Due(due_s, self._numbers, key, waiting.prefill_s)
+        self._waiting[key] = waiting, place
+        queue.add(place)
 
     def _lift(self, name: str) -> None:
         """Time in which a tenant asked for nothing is not owed to it."""

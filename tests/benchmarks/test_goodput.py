@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import goodput
-from benchmarks.goodput import (
-    Cell,
-    Store,
-    coarse_cells,
-    code_digest,
-    fine_cells,
-    report,
-    search,
-    work,
-)
+from benchmarks.goodput import coarse_cells, fine_cells, report, search, work
+from benchmarks.goodput_store import Cell, Store, code_digest
 from benchmarks.workloads import WORKLOADS
 from engine.latency_model import StepTimes, StepWork
 from engine.profiles import PROFILES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from cluster import engine_profile
 from cluster.config import Config
+from engine.devices import GPUS
 from engine.profiles import PROFILES
 from engine.spec import SimulatedTiming
 from protos.errors import ConfigError
@@ -25,9 +27,14 @@ SMALL = {
 }
 
 
-def timing(tmp_path: Path, model: dict[str, Any] = SMALL, **values: Any) -> SimulatedTiming:
+def timing(
+    tmp_path: Path,
+    model: dict[str, Any] = SMALL,
+    accelerators: Collection[str] = ("H100",),
+    **values: Any,
+) -> SimulatedTiming:
     (tmp_path / "config.json").write_text(json.dumps(model))
-    return engine_profile.timing(Config.model_validate(values), tmp_path)
+    return engine_profile.timing(Config.model_validate(values), tmp_path, accelerators)
 
 
 def test_simulated_engines_times_are_known(tmp_path: Path) -> None:
@@ -53,9 +60,63 @@ def test_else_the_models_constants_tell(tmp_path: Path) -> None:
     assert large.prefill_token_s > small.prefill_token_s > 0
 
 
+def test_weights_that_engines_quantise_as_they_load_them(tmp_path: Path) -> None:
+    plain = timing(tmp_path)
+    loaded = timing(tmp_path, engine_args={"quantization": "fp8"})
+    own = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    stored = timing(tmp_path, {**SMALL, **own}, engine_args={"quantization": "awq"})
+    assert plain.step_base_s > loaded.step_base_s > stored.step_base_s
+
+
 def test_a_model_of_another_kind_is_taken_to_be_like_any(tmp_path: Path) -> None:
     found = timing(tmp_path, model={"num_experts_per_tok": 8}, engine_args={"block_size": 16})
     assert found == PROFILES["llama-3.1-8b-h100"].timing(16)
+
+
+@pytest.fixture
+def gpu_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_profile, "is_cpu_install", lambda: False)
+
+
+@pytest.mark.usefixtures("gpu_install")
+def test_gpus_have_their_own_constants(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    h100, h200, l4 = (timing(tmp_path, accelerators=[name]) for name in ("H100", "H200", "L4"))
+    assert h100.prefill_token_s == h200.prefill_token_s < l4.prefill_token_s
+    assert h200.step_base_s < h100.step_base_s < l4.step_base_s
+    assert timing(tmp_path, accelerators=["H100", "L4", "no GPU of ours"]) == l4
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("gpu_install")
+@pytest.mark.parametrize(
+    ("accelerators", "named"), [([], "the engines' GPU"), (["RTX-PRO-6000"], "RTX-PRO-6000")]
+)
+def test_a_gpu_that_is_not_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, accelerators: list[str], named: str
+) -> None:
+    assert timing(tmp_path, accelerators=accelerators) == timing(tmp_path)
+    (record,) = caplog.records
+    assert f"How fast {named} is" in record.message
+    assert "router.engine_profile" in record.message
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        "NVIDIA B200",
+        "NVIDIA H200",
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA L40S",
+        "NVIDIA L4",
+        "NVIDIA A10",
+        "NVIDIA A10G",
+    ],
+)
+def test_ray_calls_gpus_by_the_names_of_the_table(reported: str) -> None:
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    assert NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(reported) in GPUS
 
 
 @pytest.mark.parametrize(

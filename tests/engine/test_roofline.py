@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 import pytest
 
+from engine.devices import CPU, H100
 from engine.profiles import PROFILES
-from engine.roofline import CPU, H100, ModelSize, roofline
+from engine.roofline import ModelSize, roofline
 
 BLOCK_TOKENS = 16
 
@@ -54,6 +55,21 @@ def test_it_is_near_what_was_measured(name: str) -> None:
             for each in (guess, measured)
         )  # fmt: skip
         assert 1 / 1.35 < guessed_s / measured_s < 1.35
+
+
+def test_quantised_weights_are_read_as_they_are() -> None:
+    """With 16 bits a step's base would be 1.7 times what was measured of two H100s."""
+    values, _ = CONFIGS["llama-3.1-70b-h100x4"]
+    assert isinstance(values, dict)
+    model = ModelSize.read(values | {"quantization_config": {"quant_method": "fp8"}})
+    plain = ModelSize.read(values)
+    assert model is not None
+    assert plain is not None
+    guess, unquantised = (roofline(each, H100, 2, BLOCK_TOKENS) for each in (model, plain))
+    measured = PROFILES["llama-3.3-70b-fp8-h100x2"].timing(BLOCK_TOKENS)
+    assert guess.step_base_s == pytest.approx(measured.step_base_s, rel=0.15)
+    assert unquantised.step_base_s > 1.5 * measured.step_base_s
+    assert guess.prefill_token_s == unquantised.prefill_token_s
 
 
 def test_cpus_are_slower() -> None:

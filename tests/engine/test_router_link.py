@@ -18,8 +18,7 @@ from engine.cache_outlet import PART_ADDRESSES
 from engine.outputs import Output
 from engine.router_link import FULL_MESSAGE_BYTES, RouterLink
 from engine.service import LOAD_INTERVAL_S, WorkerService
-from engine.simulated.engine import SimulatedEngine
-from engine.spec import SimulatedTiming, WorkerSpec
+from engine.spec import SimulatedTiming
 from kvstore.engine_blocks import EngineBlocks
 from kvstore.index import KvIndex
 from kvstore.index_feed import CacheChange, IndexFeed
@@ -29,7 +28,7 @@ from protos.block_events import BlocksRemoved, BlocksStored
 from protos.enginecore import EngineOutput
 from protos.ids import Incarnation, WorkerId
 from router.worker_messages import SnapshotParts, cache_changed, outputs_of
-from tests.engine.test_service import TOKEN, Router, submit
+from tests.engine.running_worker import Router, running, submit
 
 LOAD = worker_pb2.Load(running=1)
 STALLED_TOKENS = 4000
@@ -197,20 +196,11 @@ def test_whatever_the_rhythm_everything_goes_out_once_in_order(
 
 @pytest.fixture
 async def service() -> AsyncIterator[tuple[WorkerService, str]]:
-    spec = WorkerSpec(
-        WorkerId("decode-0"), "decode", "simulated", "none", "/nonexistent", TOKEN,
-        simulated=SimulatedTiming(
-            step_base_s=0.0002, prefill_token_s=0.0, decode_request_s=0.0, transfer_block_s=0.0
-        ),
-    )  # fmt: skip
-    service = WorkerService(spec, SimulatedEngine(spec))
-    port = await service.start()
-    running = asyncio.create_task(service.run())
-    yield service, f"127.0.0.1:{port}"
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
-    await service.stop()
+    timing = SimulatedTiming(
+        step_base_s=0.0002, prefill_token_s=0.0, decode_request_s=0.0, transfer_block_s=0.0
+    )
+    async with running(timing) as worker_and_address:
+        yield worker_and_address
 
 
 async def test_a_router_that_stops_reading_holds_up_nobody_and_loses_nothing(

@@ -3,111 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from engine.router_link import RouterLink
-from engine.service import GRPC_OPTIONS, LAST_WORDS_STATUS, WorkerService
-from engine.simulated.engine import SimulatedEngine
-from engine.spec import SimulatedTiming, WorkerSpec
+from engine.service import LAST_WORDS_STATUS
+from engine.spec import SimulatedTiming
 from kvstore.engine_blocks import EngineBlocks
 from kvstore.index_report import CacheReports
-from protos import enginecore, worker_pb2, worker_pb2_grpc
-from protos.enginecore import EngineRequest
-from protos.ids import WorkerId
-from router.core.events import OutputReport
+from protos import enginecore, worker_pb2
 from router.worker_messages import outputs_of
-
-TOKEN = "the cluster's token"
-
-
-class Router:
-    """The other end of the stream: writes what it is told, keeps what it reads."""
-
-    def __init__(self, address: str, router_id: str, incarnation: int, token: str = TOKEN) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
-        stub = worker_pb2_grpc.WorkerStub(self._channel)
-        self._stream = stub.Attach(metadata=(("authorization", f"Bearer {token}"),))
-        self._hello = worker_pb2.Hello(router_id=router_id, router_incarnation=incarnation)
-
-    async def attach(self) -> worker_pb2.Welcome:
-        await self.send(hello=self._hello)
-        message = await self._stream.read()
-        if message is grpc.aio.EOF:
-            await self._stream.code()
-            raise EOFError
-        return message.welcome
-
-    async def send(self, **kind: Any) -> None:
-        if "hello" in kind:
-            message = worker_pb2.RouterMessage(**kind)
-        else:
-            message = worker_pb2.RouterMessage(commands=[worker_pb2.Command(**kind)])
-        await self._stream.write(message)
-
-    async def messages(self) -> AsyncIterator[worker_pb2.WorkerMessage]:
-        while (message := await self._stream.read()) is not grpc.aio.EOF:
-            yield message
-
-    async def outputs(self) -> AsyncIterator[OutputReport]:
-        async for message in self.messages():
-            for output in outputs_of(message.step):
-                yield output
-
-    async def tokens_to_end(self) -> list[int]:
-        tokens: list[int] = []
-        async for output in self.outputs():
-            assert output.first_position == len(tokens)
-            tokens += output.token_ids
-            if output.finish:
-                return tokens
-        raise AssertionError("the stream ended before the request did")
-
-    async def close(self) -> None:
-        self._stream.cancel()
-        await self._channel.close()
-
-
-def submit(key: str = "0:a", attempt: int = 1, max_tokens: int = 8) -> worker_pb2.Submit:
-    params = {"max_tokens": max_tokens, "temperature": 0.0}
-    request = EngineRequest("a", list(range(30, 60)), None, params, None, 1.0, None, None, None)
-    return worker_pb2.Submit(
-        request_key=key,
-        attempt=attempt,
-        engine_tag=enginecore.ENGINE_TAG,
-        engine_request=enginecore.encode(request),
-    )
+from tests.engine.running_worker import Router, make_service, running, submit
 
 
 @pytest.fixture
-async def address(tmp_path: Path) -> AsyncIterator[str]:
-    spec = WorkerSpec(
-        worker_id=WorkerId("decode-0"),
-        role="decode",
-        engine="simulated",
-        model="none",
-        run_directory=str(tmp_path),
-        link_token=TOKEN,
-        simulated=SimulatedTiming(step_base_s=0.005),
-    )
-    service = WorkerService(spec, SimulatedEngine(spec))
-    port = await service.start()
-    running = asyncio.create_task(service.run())
-    yield f"127.0.0.1:{port}"
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
-    await service.stop()
+async def address() -> AsyncIterator[str]:
+    async with running(SimulatedTiming(step_base_s=0.005)) as (_, address):
+        yield address
 
 
-async def test_last_words_reach_its_routers(tmp_path: Path) -> None:
-    spec = WorkerSpec(WorkerId("decode-0"), "decode", "simulated", "none", str(tmp_path), TOKEN)
-    service = WorkerService(spec, SimulatedEngine(spec))
+async def test_last_words_reach_its_routers() -> None:
+    service = make_service(SimulatedTiming())
     router = Router(f"127.0.0.1:{await service.start()}", "r", 1)
     await router.attach()
     stopping = asyncio.create_task(service.stop_serving("the engine hung"))
@@ -231,13 +149,7 @@ async def test_figures_come_under_vllms_names(address: str) -> None:
 
 
 async def test_what_comes_late_on_a_superseded_link_is_not_carried_out() -> None:
-    spec = WorkerSpec(
-        WorkerId("decode-0"), "decode", "simulated", "none", "/nonexistent", TOKEN,
-        simulated=SimulatedTiming(
-            step_base_s=0.001, prefill_token_s=0.0, decode_request_s=0.0, transfer_block_s=0.0
-        ),
-    )  # fmt: skip
-    service = WorkerService(spec, SimulatedEngine(spec))
+    service = make_service(SimulatedTiming())
     await service.start()
 
     async def late() -> AsyncIterator[worker_pb2.RouterMessage]:

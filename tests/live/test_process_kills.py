@@ -25,6 +25,7 @@ from tests.live.cluster_process import BatonServe, wait_until_gone
 from tests.live.conftest import MODEL
 from tests.live.streams import Stream, api_client, random_prompt, running, story, until
 from tests.live.test_ends import until_idle, until_replaced, workers_of
+from tests.processes import command
 
 BACK_WITHIN_S = 5.0
 ENDED_WITHIN_S = 3.0
@@ -135,14 +136,6 @@ def replica_of(cluster: BatonServe) -> psutil.Process:
     below = psutil.Process(cluster.process.pid).children(recursive=True)
     (replica,) = (p for p in below if any("RouterUnit" in word for word in command(p)))
     return replica
-
-
-def command(process: psutil.Process) -> list[str]:
-    try:
-        words: list[str] = process.cmdline()
-    except psutil.Error:
-        return []
-    return words
 
 
 def refused_until_loaded(cluster: BatonServe, killed_s: float) -> tuple[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from router.core.events import Role
-from tests.simulator.test_baselines_common import Peer, costs, numbers
+from tests.simulator.peer import Peer, costs, numbers
 
 # prefix-cache
 

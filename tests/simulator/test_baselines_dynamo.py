@@ -9,7 +9,7 @@ import pytest
 
 from router.core.events import Role
 from router.core.placement import Reason
-from tests.simulator.test_baselines_common import Peer, costs, numbers
+from tests.simulator.peer import Peer, costs, numbers
 
 
 def test_prefill_and_live_blocks_less_what_is_cached() -> None:

@@ -9,7 +9,7 @@ import pytest
 from engine.spec import SimulatedTiming
 from router.core.events import Role
 from router.core.placement import Reason
-from tests.simulator.test_baselines_common import Peer, chosen_over_seeds, costs, numbers
+from tests.simulator.peer import Peer, chosen_over_seeds, costs, numbers
 
 # Built-in
 

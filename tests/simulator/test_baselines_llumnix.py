@@ -7,7 +7,7 @@ import math
 import pytest
 
 from router.core.events import Role
-from tests.simulator.test_baselines_common import Peer, chosen_over_seeds, costs
+from tests.simulator.peer import Peer, chosen_over_seeds, costs
 
 
 def test_free_blocks_for_each_request() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from protos.ids import WorkerId
 from router.core.events import PrefixFetch, Role
-from tests.simulator.test_baselines_common import TIMING, Peer, costs, numbers
+from tests.simulator.peer import TIMING, Peer, costs, numbers
 
 
 def test_the_queue_and_the_prefill_are_predicted() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.simulator.test_baselines_common import Peer, costs, numbers
+from tests.simulator.peer import Peer, costs, numbers
 
 
 def test_a_match_is_followed_though_others_have_less_to_do() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.simulator.test_baselines_common import Peer, costs, numbers
+from tests.simulator.peer import Peer, costs, numbers
 
 NAME = "sglang_cache_aware"
 

@@ -9,7 +9,7 @@ from protos.ids import RequestKey, WorkerId
 from simulator.baselines.counting import Counts, LiveBlocks
 from simulator.baselines.sampling import Sampled
 from simulator.baselines.sent_prefixes import SentPrefixes
-from tests.simulator.test_baselines_common import Peer, addresses, numbers, setup
+from tests.simulator.peer import Peer, addresses, numbers, setup
 
 D0, D1, P0 = WorkerId("d0"), WorkerId("d1"), WorkerId("p0")
 A, B = RequestKey("0:a"), RequestKey("0:b")

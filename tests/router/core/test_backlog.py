@@ -116,16 +116,6 @@ def test_what_waits_before_a_request() -> None:
     assert backlog.before("c", 0.0) == pytest.approx((1.15, 2))
 
 
-def test_those_that_left_take_no_room() -> None:
-    backlog = Backlog()
-    backlog.add(key("head"), Waiting("", 0.0))
-    for number in range(5000):
-        backlog.add(key(str(number)), Waiting("", 1.0))
-        backlog.remove(key(str(number)))
-    assert len(backlog._tenants[""].queue) < 100
-    assert backlog.next(0.0) == key("head")
-
-
 def test_tenants_are_forgotten() -> None:
     backlog = Backlog()
     for number in range(TENANTS_KEPT + 10):

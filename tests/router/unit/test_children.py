@@ -12,6 +12,7 @@ import pytest
 from running_unit import eventually
 
 from router.unit.children import Child, Command
+from tests.processes import command
 
 SLEEP = ["sleep", "61.5"]
 SHELL = ["/bin/sh", "-c", f"read line && exec {' '.join(SLEEP)}"]
@@ -33,15 +34,6 @@ def processes() -> list[int]:
     # Others are the clusters that tests share.
     its = [p for p in psutil.Process().children() if command(p) in (SHELL, SLEEP)]
     return [p.pid for p in sorted(its, key=lambda p: (p.create_time(), p.pid))]
-
-
-def command(process: psutil.Process) -> list[str]:
-    """Empty while it begins or ends."""
-    try:
-        words: list[str] = process.cmdline()
-    except psutil.Error:
-        return []
-    return words
 
 
 def until_ended(pid: int) -> None:

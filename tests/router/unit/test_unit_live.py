@@ -217,21 +217,20 @@ def test_a_stopped_front_is_ended(unit: Unit) -> None:
     """Also with little to take: it answers nobody."""
     stream = unit.stream(PROMPT, 400)
     next(stream)
-    # Nobody is judged before it was healthy once.
-    time.sleep(2 * ASK_EVERY_S)
-    stopped = unit.pid("fast")
-    assert stopped is not None
-    os.kill(stopped, signal.SIGSTOP)
-    eventually(lambda: unit.pid("fast") not in (None, stopped), 3 * HANGS_S)
-    eventually(unit.serves)
+    assert_ended_once_stopped(unit, "fast")
 
 
 def test_a_stopped_edge_is_ended(unit: Unit) -> None:
+    assert_ended_once_stopped(unit, "edge")
+
+
+def assert_ended_once_stopped(unit: Unit, name: str) -> None:
+    # Nobody is judged before it was healthy once.
     time.sleep(2 * ASK_EVERY_S)
-    stopped = unit.pid("edge")
+    stopped = unit.pid(name)
     assert stopped is not None
     os.kill(stopped, signal.SIGSTOP)
-    eventually(lambda: unit.pid("edge") not in (None, stopped), 3 * HANGS_S)
+    eventually(lambda: unit.pid(name) not in (None, stopped), 3 * HANGS_S)
     eventually(unit.serves)
 
 

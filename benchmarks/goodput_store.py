@@ -1,0 +1,67 @@
+"""What `benchmarks.goodput` found so far, in a file: no search is made twice by the same code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+_ROOT: Final = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One search."""
+
+    model: str
+    workload: str
+    policy: str
+    prefill: int
+    seed: int
+    share: float
+    precision: float
+    code: str
+    """What made it; see `code_digest`."""
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Of all that a result depends on besides the traces."""
+    digest = hashlib.blake2b(digest_size=6)
+    for folder in ("router/core", "kvstore", "engine", "simulator", "benchmarks"):
+        for path in sorted(_ROOT.joinpath(folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Store:
+    """All searches so far, one to a line; one that was cut off while it was written is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[Cell, float] = {}
+        kept = ""
+        for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+            if line.endswith("\n"):
+                self._take(json.loads(line))
+                kept += line
+        if path.exists():
+            path.write_text(kept)
+
+    def goodput(self, cell: Cell) -> float | None:
+        """Requests per second, if the search is over."""
+        return self._found.get(cell)
+
+    def add(self, cell: Cell, goodput_rps: float, made: list[dict[str, Any]]) -> None:
+        """A search is over."""
+        line = {**asdict(cell), "goodput_rps": round(goodput_rps, 4), "runs": made}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        cell = Cell(**{name: line[name] for name in Cell.__slots__})
+        self._found[cell] = line["goodput_rps"]

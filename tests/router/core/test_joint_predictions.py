@@ -1,0 +1,116 @@
+"""Joint placement: the times that it predicts of workers, and expects of what waits."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.latency_model import StepTimes
+from engine.spec import SimulatedTiming
+from router.core.backlog import Before
+from router.core.events import Shape
+from router.core.joint import JointPlacement
+from router.core.placement import Expected
+from tests.router.core.joint_bench import SLO, Bench, predicted
+
+NOTHING = Before()
+NO_TIME = SimulatedTiming(
+    step_base_s=0.0,
+    prefill_token_s=0.0,
+    prefill_pair_s=0.0,
+    decode_request_s=0.0,
+    decode_context_token_s=0.0,
+    transfer_block_s=0.0,
+)
+
+
+def test_an_idle_worker_is_predicted_by_the_profile() -> None:
+    decision = Bench("d1").place(tokens=1280)
+    numbers = predicted(decision, "d1")
+    prefill_s = 1280 * 20e-6 + 1280 * 640 * 1e-9 + 0.006
+    assert numbers["ttft_s"] == pytest.approx(prefill_s)
+    assert numbers["queue_s"] == 0
+    # One decode of the prompt and half of the 256 tokens that are expected.
+    assert numbers["tpot_s"] == pytest.approx(0.006 + 13e-6 + (1280 + 128) * 43e-9)
+
+
+def test_what_waits_is_waited_for_and_shrinks_with_time() -> None:
+    bench = Bench("d1")
+    first_s = predicted(bench.place(tokens=8192), "d1")["ttft_s"]
+    bench.now_s += first_s / 4
+    queue_s = predicted(bench.place(), "d1")["queue_s"]
+    assert queue_s == pytest.approx(first_s * 3 / 4)
+
+
+def test_prompts_share_a_steps_base() -> None:
+    bench = Bench("d1")
+    alone_s = predicted(bench.place(tokens=1024, prefix=0), "d1")["ttft_s"]
+    for prefix in range(1, 7):
+        bench.place(tokens=1024, prefix=prefix)
+    together_s = predicted(bench.place(tokens=1024, prefix=7), "d1")["ttft_s"]
+    assert together_s == pytest.approx(8 * (alone_s - 0.006) + 0.006 + 0.006 * 7 / 8)
+
+
+def test_an_overdue_prompt_is_taken_to_end_now() -> None:
+    bench = Bench("d1")
+    bench.place(tokens=12_800)
+    bench.now_s += 60
+    assert predicted(bench.place(), "d1")["queue_s"] == 0
+
+
+def test_first_tokens_move_what_waits_behind() -> None:
+    bench = Bench("d1")
+    first_s = predicted(bench.place(tokens=12_800, prefix=0), "d1")["ttft_s"]
+    second = predicted(bench.place(tokens=12_800, prefix=1), "d1")
+    bench.now_s += first_s / 2  # Twice as fast as predicted.
+    bench.first_token(1)
+    queue_s = predicted(bench.place(prefix=2), "d1")["queue_s"]
+    assert queue_s == pytest.approx(second["prefill_s"], rel=0.02)
+
+
+def expected(bench: Bench, tokens: int, before: Before = NOTHING) -> Expected:
+    shape = Shape(tokens, None)
+    found = bench.policy.expect(bench.now_s, bench.view, shape, before)
+    assert found is not None
+    return found
+
+
+def test_an_idle_worker_is_expected_to_serve_at_once() -> None:
+    bench = Bench("d1")
+    for tokens in (128, 100_000):  # However long the prompt: its tokens come after it.
+        found = expected(bench, tokens)
+        assert found.ttft_s == pytest.approx(found.alone_ttft_s)
+        assert found.tpot_s == pytest.approx(found.alone_tpot_s, rel=0.02)
+
+
+def test_what_waits_is_expected_to_go_first() -> None:
+    bench = Bench("d1", "d2")
+    alone = expected(bench, 1280)
+    behind = expected(bench, 1280, Before(work_s=3.0, requests=4))
+    assert behind.ttft_s == pytest.approx(alone.ttft_s + 1.5)
+    each_s = 13e-6 + (1280 + 128) * 43e-9
+    assert behind.tpot_s - alone.tpot_s == pytest.approx(2 * each_s, rel=0.05)
+
+
+def test_of_those_that_decode_some_will_have_ended() -> None:
+    bench = Bench("d1")
+    for number in range(40):
+        bench.place(tokens=1280, prefix=number)
+        bench.now_s += 1.0
+        bench.first_token(number + 1)
+    bench.now_s += 60.0
+    soon = expected(bench, 1280)
+    later = expected(bench, 1280, Before(work_s=60.0))
+    assert soon.alone_tpot_s < later.tpot_s < soon.tpot_s
+
+
+def test_nothing_is_expected_of_nobody() -> None:
+    bench = Bench()
+    shape = Shape(128, None)
+    assert bench.policy.expect(bench.now_s, bench.view, shape, NOTHING) is None
+
+
+def test_steps_that_take_no_time_leave_something_to_compare() -> None:
+    pool = Bench("d1")
+    policy = JointPlacement(lambda n: 0, StepTimes(NO_TIME), 8192, SLO)
+    assert policy.expect(0.0, pool.view, Shape(128, None), NOTHING) is not None
+    assert policy.place(0.0, pool.view, pool.key(1), Shape(128, None)) is not None
