@@ -1,0 +1,203 @@
+"""How long real vLLM engines take on this machine: `python -m benchmarks.engine_steps`.
+
+Two engines on the tiny model, as `baton serve` starts them, without a router: prompts alone by
+length; steps that decode, by requests and context; fetches of a prompt's state from one engine by
+the other. Each point is a median. Costs of the simulated engine's model are fitted to them, by
+least squares of relative errors. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from benchmarks.priority import real_time
+from benchmarks.report import machine, table
+from cluster import config, engine_defaults
+from cluster.model import tiny_directory
+from engine.spec import WorkerSpec
+from engine.tiny_model import build
+from engine.vllm_host.engine import VllmEngine
+from protos.enginecore import (
+    EngineOutput,
+    EngineRequest,
+    encode_manifest,
+    hand_off_after_first_token,
+    resume_from,
+)
+from protos.ids import WorkerId
+
+PROMPTS: Final = (32, 128, 256, 512, 1024, 2048)
+"""Tokens."""
+DECODES: Final = ((1, 128), (1, 1024), (1, 4096), (4, 128), (4, 1024), (8, 512), (16, 128))
+"""Requests and the context of each."""
+FETCHES: Final = (128, 512, 1024, 2048)
+REPEATS: Final = 7
+_DECODE_STEPS: Final = 24
+_SETTLES: Final = 4
+"""Steps after a prompt that are left out."""
+_VOCABULARY: Final = range(300, 2000)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Medians, in seconds."""
+
+    prompts: dict[int, float]
+    """By tokens: from a prompt to its first token."""
+    decodes: dict[tuple[int, int], float]
+    """By requests and context: from a step to the next one."""
+    fetches: dict[int, float]
+    """By tokens: from a hand-off to the next token, without that step's own time."""
+    block_tokens: int
+    kv_tokens: int
+
+
+class Bench:
+    """Two engines, the second of which fetches from the first."""
+
+    def __init__(self, first: VllmEngine, second: VllmEngine, rng: random.Random) -> None:
+        self._first = first
+        self._second = second
+        self._rng = rng
+        self._made = 0
+
+    def request(self, prompt: list[int], max_tokens: int) -> EngineRequest:
+        """A greedy one, as a front sends it."""
+        self._made += 1
+        params = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
+        name = f"request {self._made}"
+        return EngineRequest(name, prompt, None, params, None, 0.0, None, None, None)
+
+    def prompt(self, tokens: int) -> list[int]:
+        """One that no cache has."""
+        return self._rng.choices(_VOCABULARY, k=tokens)
+
+    async def prompt_s(self, tokens: int) -> float:
+        """To its first token, alone."""
+        began_s = time.perf_counter()
+        self._first.add(self.request(self.prompt(tokens), 1))
+        await _outputs(self._first)
+        return time.perf_counter() - began_s
+
+    async def decode_s(self, requests: int, context_tokens: int) -> float:
+        """Of a step, half of the outputs on top of the prompts."""
+        prompt_tokens = context_tokens - _DECODE_STEPS // 2
+        for _ in range(requests):
+            self._first.add(self.request(self.prompt(prompt_tokens), _DECODE_STEPS))
+        steps_s, before_s, left, full = [], None, requests, 0
+        while left:
+            outputs = await _outputs(self._first)
+            now_s = time.perf_counter()
+            left -= sum(output.finish_reason is not None for output in outputs)
+            full = full + 1 if len(outputs) == requests else 0
+            if before_s is not None and full > _SETTLES:
+                steps_s.append(now_s - before_s)
+            before_s = now_s
+        return statistics.median(steps_s)
+
+    async def fetch_s(self, tokens: int) -> float:
+        """From the first engine's first token to the second engine's next one."""
+        prompt = self.prompt(tokens)
+        given = self.request(prompt, _DECODE_STEPS)
+        hand_off_after_first_token(given)
+        self._first.add(given)
+        (output,) = await _outputs(self._first)
+        assert output.kv_transfer_params is not None
+        resumed = self.request(prompt, 2)
+        resume_from(resumed, list(output.new_token_ids), encode_manifest(output.kv_transfer_params))
+        began_s = time.perf_counter()
+        self._second.add(resumed)
+        await _outputs(self._second)
+        return time.perf_counter() - began_s
+
+
+async def _outputs(engine: VllmEngine) -> list[EngineOutput]:
+    """Of the next step that has some."""
+    while True:
+        step = await engine.step()
+        if step.outputs:
+            return list(step.outputs)
+
+
+async def measure(repeats: int = REPEATS, prioritised: bool = False) -> Measured:
+    """With engines of its own."""
+    model = build(tiny_directory())
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as directory:
+        engines = [_engine(model, name, directory) for name in ("first", "second")]
+        try:
+            info, _ = await asyncio.gather(*(engine.start() for engine in engines))
+            bench = Bench(engines[0], engines[1], random.Random(1))
+            pids = [os.getpid(), *(engine.pid for engine in engines if engine.pid is not None)]
+            with real_time(pids) if prioritised else nullcontext():
+                await _warm_up(bench)
+                alone = {n: [await bench.prompt_s(n) for _ in range(repeats)] for n in PROMPTS}
+                steps = {d: [await bench.decode_s(*d) for _ in range(repeats)] for d in DECODES}
+                fetches = {n: [await bench.fetch_s(n) for _ in range(repeats)] for n in FETCHES}
+        finally:
+            await asyncio.gather(*(engine.stop() for engine in engines))
+    step_s = statistics.median(steps[1, 1024])
+    return Measured(
+        {tokens: statistics.median(each) for tokens, each in alone.items()},
+        {work: statistics.median(each) for work, each in steps.items()},
+        {tokens: statistics.median(each) - step_s for tokens, each in fetches.items()},
+        info.block_size_tokens,
+        info.kv_blocks_total * info.block_size_tokens,
+    )
+
+
+async def _warm_up(bench: Bench) -> None:
+    """The first fetch shakes hands."""
+    await bench.prompt_s(PROMPTS[-1])
+    await bench.fetch_s(FETCHES[-1])
+    await bench.decode_s(*DECODES[-1])
+
+
+def _engine(model: Path, name: str, directory: str) -> VllmEngine:
+    defaults = config.load(None, {}, {})
+    return VllmEngine(
+        WorkerSpec(
+            worker_id=WorkerId(name),
+            role="decode",
+            engine="vllm",
+            model=str(model),
+            run_directory=f"{directory}/{name}",
+            link_token="",
+            engine_args=engine_defaults.arguments(defaults, "decode"),
+            environment=engine_defaults.environment(defaults, "decode"),
+        )
+    )
+
+
+def rows(measured: Measured) -> Iterator[tuple[str, str]]:
+    """What was measured."""
+    for tokens, seconds in measured.prompts.items():
+        yield f"prompt of {tokens} tokens", f"{1e3 * seconds:.2f}"
+    for (requests, context), seconds in measured.decodes.items():
+        yield f"step of {requests} x {context} tokens", f"{1e3 * seconds:.2f}"
+    for tokens, seconds in measured.fetches.items():
+        yield f"fetch of {tokens} tokens", f"{1e3 * seconds:.2f}"
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--real-time", action="store_true", help="see benchmarks.live_fidelity")
+    measured = asyncio.run(measure(prioritised=parser.parse_args().real_time))
+    print(f"{machine()}\n\n{table(('', 'ms'), rows(measured))}")
+
+
+if __name__ == "__main__":
+    main()
