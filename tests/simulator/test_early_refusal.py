@@ -27,7 +27,7 @@ def overloaded(layout: Layout, policy: str) -> Outcome:
     ("layout", "late"),
     [
         (Layout(PROFILE, 0, 2), 0.02),
-        # More than the 2 % that are aimed at: with three seeds 2.5 to 3.3 %, all for the first token.
+        # Over the 2 % that are aimed at: 2.5 to 3.3 % with three seeds, by the first token.
         (Layout(PROFILE, 1, 1), 0.035),
     ],
 )
