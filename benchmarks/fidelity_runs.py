@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple
 
@@ -29,13 +30,14 @@ from engine.latency_model import StepTimes, StepWork
 from router.core.costs import Slo
 from router.core.events import End, Ended
 from router.core.joint import JointPlacement
-from router.core.placement import LeastPredictedWork, Placement
+from router.core.placement import LeastPredictedWork, Placement, Reason
 from simulator.cluster import Cluster, Layout
 from simulator.traces import TracedRequest
 
 _ALONE: Final = 20
 _WARM_UP: Final = 8
 _WARM_UP_SALT: Final = 1_000_000
+_SPLIT: Final = (Reason.SPLIT_COSTS_LESS, Reason.LONG_PROMPT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Scenario:
     """As the configuration names it."""
     always_split: bool = False
     """Every request is handed over; else the default policy decides."""
+    profile_file: Path | None = None
+    """What the router's predictions start from, of engines that are not simulated."""
 
     def configuration(self) -> dict[str, Any]:
         """Of `baton serve`."""
@@ -60,6 +64,8 @@ class Scenario:
         }
         if self.always_split:
             config["router"] = {"policy": "least_predicted_work", "local_prefill_max_tokens": 0}
+        if self.profile_file is not None and not self.always_split:
+            config["router"] = {"engine_profile": str(self.profile_file)}
         if self.engine == "simulated":
             config["simulated"] = asdict(profile.timing(layout.block_tokens))
             config["engine_args"] = {
@@ -102,30 +108,47 @@ class LiveRun(NamedTuple):
     others_cores: float
     client_late_s: float
     """The longest that a request was sent after its time."""
-    hops: Hops | None
-    """Only of simulated engines, whose own time is known."""
+
+    @property
+    def split(self) -> float:
+        """The share of requests that went over two workers."""
+        return split_share(self.reasons)
 
 
 def run_live(scenario: Scenario, requests: Sequence[TracedRequest], prioritised: bool) -> LiveRun:
     """On an instance of its own. Raises RuntimeError unless every request was served whole."""
     with serving(scenario.configuration()) as baton:
-        groups = {name: pids for name, pids in baton.groups.items() if name != BACKGROUND}
-        groups["client"] = [os.getpid()]
-        pids = [pid for group in groups.values() for pid in group]
-        with real_time(pids) if prioritised else nullcontext():
+        groups = _path_of(baton)
+        with _priority(groups, prioritised):
             play(baton.port, _warm_up(requests), _WARM_UP_SALT)
             meter = CpuMeter(groups)
             served = play(baton.port, requests)
             use = meter.read()
-            hops = None
-            if scenario.engine == "simulated":
-                hops = measure_hops(baton, scenario, _mean_prompt_tokens(requests))
         seen, reasons = _records(baton, served)
-        own_s = sum(use.cpu_s.values())
-        return LiveRun(
-            seen, reasons, own_s / use.span_s, (use.machine_s - own_s) / use.span_s,
-            max(each.sent_late_s for each in served), hops,
-        )  # fmt: skip
+    own_s = sum(use.cpu_s.values())
+    return LiveRun(
+        seen, reasons, own_s / use.span_s, (use.machine_s - own_s) / use.span_s,
+        max(each.sent_late_s for each in served),
+    )  # fmt: skip
+
+
+def measure_hops(scenario: Scenario, prompt_tokens: int, prioritised: bool) -> Hops:
+    """With simulated engines, whose own time is known: what a first token takes beside it."""
+    layout = scenario.layout
+    work = StepWork()
+    work.add_prefill(prompt_tokens, context_tokens=0)
+    step_s = StepTimes(layout.profile.timing(layout.block_tokens)).step_s(work)
+    with serving(scenario.configuration()) as baton, _priority(_path_of(baton), prioritised):
+        moments(baton, _WARM_UP, prompt_tokens=16, output_tokens=2)
+        times = moments(baton, _ALONE, prompt_tokens, output_tokens=2)
+
+    def median_s(begin: str, end: str) -> float:
+        return statistics.median(each[end] - each[begin] for each in times)
+
+    there_and_back_s = median_s("arrived", "first_token") - step_s
+    return Hops(
+        median_s("sent", "arrived"), median_s("first_token", "client_first"), there_and_back_s / 2
+    )
 
 
 def run_simulated(
@@ -146,20 +169,16 @@ def run_simulated(
     return seen, Counter(map(str, cluster.router.moves.counts.decisions.elements()))
 
 
-def measure_hops(baton: Serving, scenario: Scenario, prompt_tokens: int) -> Hops:
-    """With simulated engines: what a first token takes beside the engine's step."""
-    work = StepWork()
-    work.add_prefill(prompt_tokens, context_tokens=0)
-    step_s = StepTimes(scenario.layout.profile.timing(scenario.layout.block_tokens)).step_s(work)
-    times = moments(baton, _ALONE, prompt_tokens, output_tokens=2)
+def _path_of(baton: Serving) -> dict[str, list[int]]:
+    groups = {name: pids for name, pids in baton.groups.items() if name != BACKGROUND}
+    return {**groups, "client": [os.getpid()]}
 
-    def median_s(begin: str, end: str) -> float:
-        return statistics.median(each[end] - each[begin] for each in times)
 
-    there_and_back_s = median_s("arrived", "first_token") - step_s
-    return Hops(
-        median_s("sent", "arrived"), median_s("first_token", "client_first"), there_and_back_s / 2
-    )
+def _priority(
+    groups: Mapping[str, Sequence[int]], prioritised: bool
+) -> AbstractContextManager[None]:
+    pids = [pid for group in groups.values() for pid in group]
+    return real_time(pids) if prioritised else nullcontext()
 
 
 def _records(baton: Serving, served: Sequence[Served]) -> tuple[Seen, Counter[str]]:
@@ -188,5 +207,6 @@ def _warm_up(requests: Sequence[TracedRequest]) -> list[TracedRequest]:
     ]
 
 
-def _mean_prompt_tokens(requests: Sequence[TracedRequest]) -> int:
-    return round(statistics.fmean(each.input_tokens for each in requests))
+def split_share(reasons: Mapping[str, int]) -> float:
+    """Of placements, those on two workers."""
+    return sum(n for name, n in reasons.items() if name in _SPLIT) / sum(reasons.values())

@@ -14,15 +14,28 @@ machines on which others work as well. Prints Markdown.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import yaml
+
+from benchmarks import engine_steps
 from benchmarks.fidelity import Bounds, Pair, compare, compared_table
-from benchmarks.fidelity_runs import Hops, LiveRun, Scenario, run_live, run_simulated
+from benchmarks.fidelity_runs import (
+    Hops,
+    LiveRun,
+    Scenario,
+    measure_hops,
+    run_live,
+    run_simulated,
+    split_share,
+)
 from benchmarks.report import machine, spread, table
-from engine.profiles import PROFILES
+from engine.profiles import PROFILES, EngineProfile
 from simulator.cluster import Layout
 from simulator.traces import TracedRequest
 from simulator.workloads import Wish, grouped
@@ -64,47 +77,95 @@ class Load:
 
 
 MEDIUM: Final = Load(12, 60, shared_tokens=2048, own_tokens=700, output_tokens=60)
-HIGH: Final = replace(MEDIUM, rate_rps=30)
+HIGH: Final = replace(MEDIUM, rate_rps=24)
 QUICK: Final = replace(MEDIUM, duration_s=15)
 SIMULATED_BOUNDS: Final = Bounds(share=0.10, points=3)
+TINY_LOW: Final = Load(2, 60, shared_tokens=512, own_tokens=300, output_tokens=40)
+TINY_MEDIUM: Final = replace(TINY_LOW, rate_rps=6)
+TINY_QUICK: Final = replace(TINY_LOW, duration_s=15)
+TINY_BOUNDS: Final = Bounds(share=0.20, points=3)
 
 
-def compared(scenario: Scenario, load: Load, bounds: Bounds, runs: int, prioritised: bool) -> str:
+def compared(
+    scenario: Scenario, load: Load, hops: Hops, bounds: Bounds, runs: int, prioritised: bool
+) -> str:
     """Markdown: one scenario under one load."""
-    pairs, lives, simulated_reasons = [], [], []
+    pairs, lives, shares = [], [], []
     for seed in range(1, runs + 1):
         requests = load.requests(seed)
         live = run_live(scenario, requests, prioritised)
-        assert live.hops is not None
-        simulated, reasons = run_simulated(scenario, live.hops, requests, seed)
+        simulated, reasons = run_simulated(scenario, hops, requests, seed)
         pairs.append(Pair(live.seen, simulated))
         lives.append(live)
-        simulated_reasons.append(reasons)
-    parts = [f"### {load.name}", compared_table(compare(pairs, bounds)), conditions(lives)]
-    return "\n\n".join(parts)
+        shares.append(split_share(reasons))
+    measures = compared_table(compare(pairs, bounds))
+    return "\n".join([f"### {load.name}\n", measures, conditions(lives, shares)])
 
 
-def conditions(lives: Sequence[LiveRun]) -> str:
-    """What was measured beside the runs, and what they ran beside."""
+def conditions(lives: Sequence[LiveRun], simulated_shares: Sequence[float]) -> str:
+    """What the runs ran beside, and what was decided in them."""
     rows = [
+        ("split over two workers, live, %", spread([100 * each.split for each in lives])),
+        ("split, simulated, %", spread([100 * share for share in simulated_shares])),
         ("requests' path and client, cores", spread([each.own_cores for each in lives], 2)),
         ("others on the machine, cores", spread([each.others_cores for each in lives], 2)),
-        ("client late at most, ms", spread([1e3 * each.client_late_s for each in lives], 1)),
+        ("client late at most, ms", spread([1e3 * each.client_late_s for each in lives])),
     ]
-    hops = [each.hops for each in lives if each.hops is not None]
-    for field in Hops._fields:
-        what = {"front_in_s": "client to router", "front_out_s": "router to client"}
-        name = what.get(field, "router to engine, one way")
-        rows.append((f"{name}, ms", spread([1e3 * getattr(each, field) for each in hops], 2)))
-    return table(("measured beside it", ""), rows)
+    return table(("beside it", ""), rows)
 
 
-def report(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
-    """Parts of it, as they are known."""
-    yield machine()
+def hops_table(hops: Hops, prompt_tokens: int) -> str:
+    """What the simulation is told of the way."""
+    names = ("client to router", "router to client", "router to engine, one way")
+    cells = [f"{1e3 * seconds:.2f}" for seconds in hops]
+    heading = f"requests alone, {prompt_tokens:,} tokens, simulated engines"
+    return table((heading, "ms"), zip(names, cells, strict=True))
+
+
+def simulated_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
+    """Parts of the report, as they are known."""
     yield f"## {SIMULATED.name}"
+    prompt_tokens = MEDIUM.shared_tokens + MEDIUM.own_tokens
+    hops = measure_hops(SIMULATED, prompt_tokens, prioritised)
+    yield hops_table(hops, prompt_tokens)
     for load in (QUICK,) if quick else (MEDIUM, HIGH):
-        yield compared(SIMULATED, load, SIMULATED_BOUNDS, 1 if quick else runs, prioritised)
+        yield compared(SIMULATED, load, hops, SIMULATED_BOUNDS, runs, prioritised)
+
+
+def real_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
+    """Likewise."""
+    yield "## The tiny model on this machine's CPU, real vLLM engines"
+    engine = asyncio.run(engine_steps.measure(prioritised=prioritised))
+    profile = engine_steps.profile_of(engine)
+    yield engine_steps.report(engine, profile)
+    prompt_tokens = TINY_LOW.shared_tokens + TINY_LOW.own_tokens
+    hops = measure_hops(SIMULATED, prompt_tokens, prioritised)
+    yield hops_table(hops, prompt_tokens)
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as directory:
+        file = Path(directory) / "profile.yaml"
+        file.write_text(yaml.safe_dump(asdict(profile.timing(engine.block_tokens))))
+        for scenario in tiny_scenarios(profile, engine.block_tokens, file):
+            yield f"## {scenario.name}"
+            for load in (TINY_QUICK,) if quick else (TINY_LOW, TINY_MEDIUM):
+                yield compared(scenario, load, hops, TINY_BOUNDS, runs, prioritised)
+
+
+def tiny_scenarios(
+    profile: EngineProfile, block_tokens: int, file: Path
+) -> tuple[Scenario, Scenario]:
+    """One worker for all, and every request handed over."""
+    alone = Layout(profile, prefill=0, decode=1, block_tokens=block_tokens)
+    pair = replace(alone, prefill=1)
+    return (
+        Scenario("1 worker for both, real vLLM", alone, engine="vllm", profile_file=file),
+        Scenario(
+            "1 prefill and 1 decode worker, real vLLM, every request handed over", pair,
+            engine="vllm", always_split=True,
+        ),
+    )  # fmt: skip
+
+
+PARTS: Final = {"simulated": simulated_engines, "vllm": real_engines}
 
 
 def main() -> None:
@@ -113,14 +174,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--engines", choices=PARTS, help="only these; else both")
     parser.add_argument("--quick", action="store_true", help="one short run")
     parser.add_argument("--real-time", action="store_true", help="needs the right to")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
     arguments = parser.parse_args()
-    parts = []
-    for part in report(arguments.runs, arguments.quick, arguments.real_time):
-        print(part, end="\n\n", flush=True)
-        parts.append(part)
+    parts = [machine()]
+    print(machine(), end="\n\n", flush=True)
+    for name, part in PARTS.items():
+        if arguments.engines in (None, name):
+            runs = 1 if arguments.quick else arguments.runs
+            for text in part(runs, arguments.quick, arguments.real_time):
+                print(text, end="\n\n", flush=True)
+                parts.append(text)
     if arguments.output:
         arguments.output.write_text("\n\n".join(parts))
 
