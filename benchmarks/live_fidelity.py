@@ -35,6 +35,8 @@ from benchmarks.fidelity_runs import (
     split_share,
 )
 from benchmarks.report import machine, spread, table
+from benchmarks.steps_fit import profile_of
+from benchmarks.steps_fit import report as fit_report
 from engine.profiles import PROFILES, EngineProfile
 from simulator.cluster import Layout
 from simulator.traces import TracedRequest
@@ -80,7 +82,7 @@ MEDIUM: Final = Load(12, 60, shared_tokens=2048, own_tokens=700, output_tokens=6
 HIGH: Final = replace(MEDIUM, rate_rps=24)
 QUICK: Final = replace(MEDIUM, duration_s=15)
 SIMULATED_BOUNDS: Final = Bounds(share=0.10, points=3)
-TINY_LOW: Final = Load(2, 60, shared_tokens=512, own_tokens=300, output_tokens=40)
+TINY_LOW: Final = Load(2, 40, shared_tokens=512, own_tokens=300, output_tokens=40)
 TINY_MEDIUM: Final = replace(TINY_LOW, rate_rps=6)
 TINY_QUICK: Final = replace(TINY_LOW, duration_s=15)
 TINY_BOUNDS: Final = Bounds(share=0.20, points=3)
@@ -136,8 +138,8 @@ def real_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
     """Likewise."""
     yield "## The tiny model on this machine's CPU, real vLLM engines"
     engine = asyncio.run(engine_steps.measure(prioritised=prioritised))
-    profile = engine_steps.profile_of(engine)
-    yield engine_steps.report(engine, profile)
+    profile = profile_of(engine)
+    yield fit_report(engine, profile)
     prompt_tokens = TINY_LOW.shared_tokens + TINY_LOW.own_tokens
     hops = measure_hops(SIMULATED, prompt_tokens, prioritised)
     yield hops_table(hops, prompt_tokens)
