@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
-from benchmarks.priority import real_time
 from benchmarks.report import machine
 from benchmarks.steps_fit import Measured, profile_of, report
 from cluster import config, engine_defaults
@@ -39,13 +36,13 @@ from protos.ids import WorkerId
 
 PROMPTS: Final = (32, 128, 256, 512, 1024, 2048)
 """Tokens."""
-DECODES: Final = ((1, 128), (1, 1024), (1, 4096), (4, 128), (4, 1024), (8, 512), (16, 128))
+DECODES: Final = ((1, 256), (1, 1024), (1, 4096), (4, 256), (4, 1024), (8, 512), (16, 256))
 """Requests and the context of each."""
 FETCHES: Final = (128, 512, 1024, 2048)
 REPEATS: Final = 7
-_DECODE_STEPS: Final = 64
-_SETTLES: Final = 4
-"""Steps after a prompt that are left out."""
+_DECODE_STEPS: Final = 256
+"""While an engine steps, requests come in only one after the other."""
+_DECODE_REPEATS: Final = 2
 _VOCABULARY: Final = range(300, 2000)
 
 
@@ -77,20 +74,26 @@ class Bench:
         return time.perf_counter() - began_s
 
     async def decode_s(self, requests: int, context_tokens: int) -> float:
-        """Of a step, half of the outputs on top of the prompts."""
+        """Between two tokens of a request, on average while all decode; half of the outputs are on
+        top of the prompts. An engine may do them in two batches that take turns."""
         prompt_tokens = context_tokens - _DECODE_STEPS // 2
         for _ in range(requests):
             self._first.add(self.request(self.prompt(prompt_tokens), _DECODE_STEPS))
-        steps_s, before_s, left, full = [], None, requests, 0
-        while left:
+        begun: set[str] = set()
+        all_begun_s = end_s = 0.0
+        tokens = ended = 0
+        while ended < requests:
             outputs = await _outputs(self._first)
-            now_s = time.perf_counter()
-            left -= sum(output.finish_reason is not None for output in outputs)
-            full = full + 1 if len(outputs) == requests else 0
-            if before_s is not None and full > _SETTLES:
-                steps_s.append(now_s - before_s)
-            before_s = now_s
-        return statistics.median(steps_s)
+            if len(begun) == requests and not ended:
+                end_s = time.perf_counter()
+                tokens += len(outputs)
+            elif len(begun) < requests:
+                begun.update(output.request_id for output in outputs)
+                all_begun_s = time.perf_counter()
+            ended += sum(output.finish_reason is not None for output in outputs)
+        if not tokens:
+            raise RuntimeError(f"{requests} requests never decoded together")
+        return (end_s - all_begun_s) * requests / tokens
 
     async def fetch_s(self, tokens: int) -> float:
         """From the first engine's first token to the second engine's next one."""
@@ -116,7 +119,7 @@ async def _outputs(engine: VllmEngine) -> list[EngineOutput]:
             return list(step.outputs)
 
 
-async def measure(repeats: int = REPEATS, prioritised: bool = False) -> Measured:
+async def measure(repeats: int = REPEATS) -> Measured:
     """With engines of its own."""
     model = build(tiny_directory())
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as directory:
@@ -124,12 +127,10 @@ async def measure(repeats: int = REPEATS, prioritised: bool = False) -> Measured
         try:
             info, _ = await asyncio.gather(*(engine.start() for engine in engines))
             bench = Bench(engines[0], engines[1], random.Random(1))
-            pids = [os.getpid(), *(engine.pid for engine in engines if engine.pid is not None)]
-            with real_time(pids) if prioritised else nullcontext():
-                await _warm_up(bench)
-                alone = {n: [await bench.prompt_s(n) for _ in range(repeats)] for n in PROMPTS}
-                steps = {d: [await bench.decode_s(*d) for _ in range(repeats)] for d in DECODES}
-                fetches = {n: [await bench.fetch_s(n) for _ in range(repeats)] for n in FETCHES}
+            await _warm_up(bench)
+            alone = {n: [await bench.prompt_s(n) for _ in range(repeats)] for n in PROMPTS}
+            steps = {d: [await bench.decode_s(*d) for _ in range(_DECODE_REPEATS)] for d in DECODES}
+            fetches = {n: [await bench.fetch_s(n) for _ in range(repeats)] for n in FETCHES}
         finally:
             await asyncio.gather(*(engine.stop() for engine in engines))
     step_s, ready = statistics.median(steps[1, 1024]), decode_ready(info.ready_payload)
@@ -171,8 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--real-time", action="store_true", help="see benchmarks.live_fidelity")
-    measured = asyncio.run(measure(prioritised=parser.parse_args().real_time))
+    parser.parse_args()
+    measured = asyncio.run(measure())
     print(f"{machine()}\n\n{report(measured, profile_of(measured))}")
 
 
