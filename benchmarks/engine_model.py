@@ -104,7 +104,7 @@ def read(path: Path) -> dict[Setup, list[Point]]:
 def fit(points: Sequence[Point], prompts_cached: bool = False) -> Fitted:
     """The costs with the least squared relative error."""
     prompts = [point for point in points if point.phase == "prefill"]
-    first_s, token_s, pair_s = _least_squares(
+    first_s, token_s, pair_s = least_squares(
         [[1.0, each.tokens, each.tokens**2 / 2] for each in prompts],
         [each.measured_s for each in prompts],
         [each.measured_s for each in prompts],
@@ -118,7 +118,7 @@ def fit(points: Sequence[Point], prompts_cached: bool = False) -> Fitted:
         prompts_cached,
     )  # fmt: skip
     decodes = [point for point in points if point.phase == "decode"]
-    base_s, request_s, context_token_s = _least_squares(
+    base_s, request_s, context_token_s = least_squares(
         [[1.0, each.requests, each.requests * each.tokens] for each in decodes],
         [each.measured_s - so_far.interference_s(each) for each in decodes],
         [each.measured_s for each in decodes],
@@ -130,7 +130,7 @@ def fit(points: Sequence[Point], prompts_cached: bool = False) -> Fitted:
     return Fitted(timing, first_s - base_s, prompts_cached)
 
 
-def _least_squares(
+def least_squares(
     terms: Sequence[Sequence[float]], wanted: Sequence[float], scales: Sequence[float]
 ) -> list[float]:
     """Factors of the terms, none below 0, for the least squares of error / scale."""

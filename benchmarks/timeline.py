@@ -32,14 +32,7 @@ _VOCABULARY_FROM, _VOCABULARY_TO = 300, 2000
 
 def timelines(baton: Serving, requests: int, prompt_tokens: int, output_tokens: int) -> str:
     """Median and 99th percentile of each stage, in milliseconds; Markdown."""
-    rng = random.Random(prompt_tokens)
-    times: list[dict[str, float]] = []
-    for _ in range(requests):
-        prompt = rng.choices(range(_VOCABULARY_FROM, _VOCABULARY_TO), k=prompt_tokens)
-        request_id, seen = _one(baton.port, prompt, output_tokens)
-        (record,) = baton.get(f"/cluster/requests/{request_id}")["requests"]
-        told = {key.removesuffix("_at"): value for key, value in record.items() if "_at" in key}
-        times.append({**seen, **{key: value for key, value in told.items() if value is not None}})
+    times = moments(baton, requests, prompt_tokens, output_tokens)
     rows = []
     for what, begin, end in STAGES:
         spans_ms = [
@@ -49,6 +42,22 @@ def timelines(baton: Serving, requests: int, prompt_tokens: int, output_tokens: 
             p99_ms = statistics.quantiles(spans_ms, n=100, method="inclusive")[-1]
             rows.append((what, f"{statistics.median(spans_ms):.2f}", f"{p99_ms:.2f}"))
     return table(("stage", "p50, ms", "p99, ms"), rows)
+
+
+def moments(
+    baton: Serving, requests: int, prompt_tokens: int, output_tokens: int
+) -> list[dict[str, float]]:
+    """Of requests one after the other, by the names in `STAGES`: when what was reached, in seconds.
+    Each has a prompt of its own."""
+    rng = random.Random(prompt_tokens)
+    times: list[dict[str, float]] = []
+    for _ in range(requests):
+        prompt = rng.choices(range(_VOCABULARY_FROM, _VOCABULARY_TO), k=prompt_tokens)
+        request_id, seen = _one(baton.port, prompt, output_tokens)
+        (record,) = baton.get(f"/cluster/requests/{request_id}")["requests"]
+        told = {key.removesuffix("_at"): value for key, value in record.items() if "_at" in key}
+        times.append({**seen, **{key: value for key, value in told.items() if value is not None}})
+    return times
 
 
 def _one(port: int, prompt: list[int], output_tokens: int) -> tuple[str, dict[str, float]]:

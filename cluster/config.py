@@ -202,6 +202,9 @@ class SimulatedSection(_Section):
     transfer_block_s: Seconds = Field(
         default=SimulatedTiming().transfer_block_s, description="Fetching one block of state."
     )
+    transfer_base_s: Seconds = Field(
+        default=SimulatedTiming().transfer_base_s, description="Added to each fetch."
+    )
 
     def timing(self) -> SimulatedTiming:
         """As the engine takes it."""

@@ -71,4 +71,4 @@ class StepTimes:
 
     def transfer_s(self, blocks: int) -> float:
         """Time to fetch so many KV blocks from another engine."""
-        return blocks * self.timing.transfer_block_s
+        return self.timing.transfer_base_s + blocks * self.timing.transfer_block_s

@@ -14,7 +14,7 @@ that were measured and whose weights leave room for KV, which Llama-3.1-70B's on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from engine.spec import SimulatedTiming
@@ -51,6 +51,8 @@ class EngineProfile:
     gpu_memory_bytes: float = _H100_BYTES
     link_bytes_s: float = _LINK_BYTES_S
     """A GPU's part of what reaches other engines."""
+    transfer_base_s: float = 0.0
+    """What each transfer takes beside its bytes."""
 
     @property
     def kv_tokens(self) -> int:
@@ -70,6 +72,20 @@ class EngineProfile:
             decode_request_s=self.decode_request_s,
             decode_context_token_s=self.decode_context_token_s,
             transfer_block_s=block_bytes / (self.gpus * self.link_bytes_s),
+            transfer_base_s=self.transfer_base_s,
+        )
+
+    def slower(self, factor: float) -> EngineProfile:
+        """One whose steps and transfers take so many times as long."""
+        return replace(
+            self,
+            step_base_s=factor * self.step_base_s,
+            prefill_token_s=factor * self.prefill_token_s,
+            prefill_pair_s=factor * self.prefill_pair_s,
+            decode_request_s=factor * self.decode_request_s,
+            decode_context_token_s=factor * self.decode_context_token_s,
+            link_bytes_s=self.link_bytes_s / factor,
+            transfer_base_s=factor * self.transfer_base_s,
         )
 
 

@@ -21,6 +21,7 @@ class SimulatedTiming:
     decode_request_s: float = 50e-6
     decode_context_token_s: float = 0.0
     transfer_block_s: float = 100e-6
+    transfer_base_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
@@ -56,10 +56,15 @@ class Layout:
     """Of the engines and of the KV index; divides the traces' blocks."""
     link_s: float = 0.0005
     """From a router to a worker, and back."""
+    front_in_s: float = 0.0
+    """From a client to its router: edge, tokenising front, anchor."""
+    front_out_s: float = 0.0
+    """Back to the client."""
 
 
 class Cluster:
-    """One router and its workers. `on_end` is told of every request that was let in."""
+    """One router and its workers. `on_end` is told of every request that was let in, with times as
+    its client sees them."""
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class Cluster:
         self.ended_s = 0.0
         """When the last request did."""
         self._layout = layout
+        self._front_s = layout.front_in_s + layout.front_out_s
         self._on_end = on_end
         self._on_refusal = on_refusal
         self._bodies = Random(0)
@@ -151,7 +157,7 @@ class Cluster:
         self.prompt_tokens += request.input_tokens
         hashes = prompt_hashes(request, self._layout.block_tokens)
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
-        # The output's length is nobody's to know.
+        # The output's length is nobody's to know, but for its limit.
         ticket = TicketId(key)
         terms = Terms(body_bytes=self._body_bytes(request), tenant=request.client)
         asked = TicketAsked(ticket, "POST", _PATH, terms)
@@ -161,8 +167,12 @@ class Cluster:
         if isinstance(decided, TicketRefused):
             self._refused(key)
             return
-        shape = Shape(request.input_tokens, None, addresses=hashes)
-        self._feed(RequestArrived(key, Demand(shape, b""), ticket))
+        shape = Shape(request.input_tokens, request.max_tokens, addresses=hashes)
+        arrived = RequestArrived(key, Demand(shape, b""), ticket)
+        if self._layout.front_in_s:
+            self._at(self.now_s + self._layout.front_in_s, lambda _: self._feed(arrived))
+        else:
+            self._feed(arrived)
 
     def _body_bytes(self, request: TracedRequest) -> int:
         """Texts differ in how many bytes a token is: before it is tokenised nobody knows."""
@@ -199,7 +209,13 @@ class Cluster:
             self.under_way -= 1
             self.ended_s = self.now_s
             del self._asked[command.key]
-            self._on_end(command)
+            self._on_end(self._as_its_client_sees(command))
+
+    def _as_its_client_sees(self, ended: Ended) -> Ended:
+        ttft_s, front_s = ended.time_to_first_token_s, self._front_s
+        if ttft_s is None or not front_s:
+            return ended
+        return replace(ended, time_to_first_token_s=ttft_s + front_s)
 
     def _tick(self, now_s: float) -> None:
         self._feed(Tick())

@@ -54,6 +54,8 @@ class TracedRequest(NamedTuple):
     """Each stands for its block after all blocks before it, as Mooncake's do: prompts with an id in
     common are equal up to there. Empty if nothing is known."""
     client: str = ""
+    max_tokens: int | None = None
+    """Of output, if its client sets a limit."""
 
 
 def read(path: Path) -> Iterator[TracedRequest]:

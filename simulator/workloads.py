@@ -86,15 +86,23 @@ def prefix_groups(wish: Wish) -> Iterator[TracedRequest]:
 
     After the workload of llm-d's benchmarks; groups are asked for evenly.
     """
+    return grouped(wish, groups=150, shared_tokens=6144, own_tokens=1200, output_tokens=200)
+
+
+def grouped(
+    wish: Wish, groups: int, shared_tokens: int, own_tokens: int, output_tokens: int
+) -> Iterator[TracedRequest]:
+    """Groups whose prompts begin alike, asked for evenly; lengths but the shared one are means."""
     rng = np.random.default_rng(wish.seed)
     ids = itertools.count(1)
-    shared = [tuple(itertools.islice(ids, 6144 // BLOCK_TOKENS)) for _ in range(150)]
+    shared_blocks = shared_tokens // BLOCK_TOKENS
+    shared = [tuple(itertools.islice(ids, shared_blocks)) for _ in range(groups)]
     for at_s in _arrivals(rng, wish):
-        own_tokens = _length(rng, 1200)
-        prefix = shared[int(rng.integers(len(shared)))]
-        own = tuple(itertools.islice(ids, _blocks(own_tokens)))
-        tokens = len(prefix) * BLOCK_TOKENS + own_tokens
-        yield TracedRequest(at_s, tokens, _length(rng, 200), prefix + own)
+        own = _length(rng, own_tokens)
+        prefix = shared[int(rng.integers(groups))]
+        blocks = prefix + tuple(itertools.islice(ids, _blocks(own)))
+        tokens = shared_blocks * BLOCK_TOKENS + own
+        yield TracedRequest(at_s, tokens, _length(rng, output_tokens), blocks)
 
 
 def sessions(wish: Wish) -> Iterator[TracedRequest]:

@@ -20,13 +20,16 @@ from protos.errors import EngineError
 
 
 class SimulatedEngine:
-    """An `Engine` without a model. Time passes for it only while someone awaits `step`."""
+    """An `Engine` without a model. Its steps are due at the times that its core says; one that is
+    told late, since this process was, does not make the next one late."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._limits = _limits(spec)
         self._core = SimulatedCore(self._limits, StepTimes(spec.simulated))
         self._changed = asyncio.Event()
         self._step_end_s: float | None = None
+        self._previous_end_s: float | None = None
+        """When the step before was due; None if it left nothing to compute."""
         self._stopped = False
 
     async def start(self) -> EngineInfo:
@@ -60,10 +63,12 @@ class SimulatedEngine:
                 if plan is None:
                     await self._wait_for_change(self._core.wake_s())
                     continue
-                self._step_end_s = now_s + plan.duration_s
+                self._step_end_s = self._begin_s(now_s, plan.duration_s) + plan.duration_s
             await asyncio.sleep(self._step_end_s - loop.time())
-            self._step_end_s = None
             step = self._core.finish_step(loop.time())
+            is_idle = not step.load.running + step.load.waiting
+            self._previous_end_s = None if is_idle else self._step_end_s
+            self._step_end_s = None
             step.block_events = self._core.take_block_events()
             return step
         raise EngineError("the engine was stopped")
@@ -72,6 +77,14 @@ class SimulatedEngine:
         """Make `step` raise."""
         self._stopped = True
         self._changed.set()
+
+    def _begin_s(self, now_s: float, duration_s: float) -> float:
+        """A step follows the one before without a gap; but this process was stopped if that one is
+        late by a whole step, and then nothing is caught up."""
+        previous_s = self._previous_end_s
+        if previous_s is None or previous_s + duration_s <= now_s:
+            return now_s
+        return previous_s
 
     async def _wait_for_change(self, until_s: float | None) -> None:
         try:

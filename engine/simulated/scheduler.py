@@ -125,10 +125,14 @@ class Scheduler:
     def steady_steps(self, work: Work) -> int:
         """How many steps in a row this one can be: until the first of its requests ends.
 
-        1 if anything but the requests' own growth may change the next step. Whoever takes several
-        as one ends them before something comes in: a request, or a fetch that completes.
+        1 if anything but the requests' own growth may change the next step, or if a request makes
+        its first token here, which has to be told (one that was fetched computes nothing before).
+        Whoever takes several as one ends them before something comes in: a request, or a fetch that
+        completes.
         """
         if work.cost.prefill_tokens or not work.items or len(work.items) != len(self._running):
+            return 1
+        if any(request.prefill_stats is not None for request, _ in work.items):
             return 1
         steps = min(request.max_tokens - request.known_tokens for request, _ in work.items)
         blocks = len(work.items) * (self._blocks_for(steps) + 1)

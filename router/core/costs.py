@@ -127,7 +127,8 @@ class Pricing:
     def profiled_transfer_s(self, blocks: Amount, step_s: Amount) -> Amount:
         """From a hand-off until the request is in a step: it waits for its blocks, then for the end
         of a step that is under way, half of one on average."""
-        return blocks * self._timing.transfer_block_s + step_s / 2
+        timing = self._timing
+        return timing.transfer_base_s + blocks * timing.transfer_block_s + step_s / 2
 
     def find(self, ask: Asked, columns: Columns, cached: Column) -> Found:
         """What is predicted for the request on each worker."""

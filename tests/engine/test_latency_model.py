@@ -17,6 +17,7 @@ TIMES = StepTimes(
         decode_request_s=0.001,
         decode_context_token_s=0.0001,
         transfer_block_s=2.0,
+        transfer_base_s=0.5,
     )
 )
 
@@ -29,7 +30,7 @@ def test_each_kind_of_work_has_its_price() -> None:
     work.add_decode(500)
     work.add_decode(300)
     assert TIMES.step_s(work) == pytest.approx(4.5 + 0.002 + 0.08)
-    assert TIMES.transfer_s(3) == 6.0
+    assert TIMES.transfer_s(3) == 6.5
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=10), st.integers(0, 1000))

@@ -44,6 +44,7 @@ def test_it_is_near_what_was_measured(name: str) -> None:
     assert model.kv_bytes_per_token == profile.kv_bytes_per_token
     guess = asdict(roofline(model, H100, profile.gpus, BLOCK_TOKENS))
     measured = asdict(profile.timing(BLOCK_TOKENS))
+    assert guess.pop("transfer_base_s") == measured.pop("transfer_base_s") == 0
     factors = {cost: guess[cost] / measured[cost] for cost in guess}
     print(name, {cost: round(factor, 2) for cost, factor in factors.items()})
     for cost, factor in factors.items():
@@ -76,7 +77,7 @@ def test_cpus_are_slower() -> None:
     model = ModelSize.read(CONFIGS["llama-3.1-8b-h100"][0])  # type: ignore[arg-type]
     assert model is not None
     cpu, gpu = (asdict(roofline(model, each, 1, BLOCK_TOKENS)) for each in (CPU, H100))
-    assert all(cpu[cost] > gpu[cost] for cost in gpu)
+    assert all(cpu[cost] > gpu[cost] for cost in gpu if cost != "transfer_base_s")
 
 
 @pytest.mark.parametrize(

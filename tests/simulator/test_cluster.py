@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -91,6 +92,31 @@ def test_steps_taken_at_once_are_the_same_steps(
         for name in ("time_to_first_token_s", "duration_s", "time_per_output_token_s"):
             here, there = getattr(ours, name), getattr(theirs, name)
             assert here == there or here == pytest.approx(there, rel=1e-6, abs=1e-7)
+
+
+def test_the_first_token_after_a_hand_off_is_told_when_it_is_made() -> None:
+    layout, tokens = LAYOUTS[1], 4 * 512
+    cluster = Cluster(layout, unaware(), lambda end: None)
+    cluster.run([TracedRequest(0.0, tokens, 200)])
+    ticket = cluster.router.book.find("0:0")
+    assert ticket is not None
+    (record,) = ticket.requests
+    assert record.handed_off_s is not None
+    assert record.resumed_s is not None
+    times, work = StepTimes(PROFILE.timing(layout.block_tokens)), StepWork()
+    work.add_decode(tokens)
+    waited_s = 2 * layout.link_s + times.transfer_s(4) + times.step_s(work)
+    assert record.resumed_s - record.handed_off_s == pytest.approx(waited_s)
+
+
+def test_times_are_those_that_clients_see() -> None:
+    asked = [TracedRequest(0.0, 2048, 20)]
+    (beside,) = serve(LAYOUTS[1], asked)
+    (seen,) = serve(replace(LAYOUTS[1], front_in_s=0.25, front_out_s=0.125), asked)
+    assert seen.time_to_first_token_s is not None
+    assert beside.time_to_first_token_s is not None
+    assert seen.time_to_first_token_s - beside.time_to_first_token_s == pytest.approx(0.375)
+    assert seen.time_per_output_token_s == pytest.approx(beside.time_per_output_token_s)
 
 
 def traced(asked: list[tuple[float, int, int, int]]) -> Iterator[TracedRequest]:

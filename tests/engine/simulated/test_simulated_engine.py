@@ -48,6 +48,40 @@ async def test_a_step_takes_its_time_and_idling_waits() -> None:
     assert [output.request_id for output in step.outputs] == ["a"]
 
 
+class LateClock:
+    """Virtual time in which every sleep ends late."""
+
+    def __init__(self, late_s: float) -> None:
+        self.now_s = 1000.0
+        self.late_s = late_s
+
+    async def sleep(self, delay_s: float) -> None:
+        self.now_s += max(0.0, delay_s) + self.late_s
+
+
+@pytest.mark.parametrize(
+    ("late_s", "took_s"),
+    [
+        # Only the last one is told late.
+        (0.02, 20 * 0.05 + 0.02),
+        # By a whole step: the process was stopped, and nothing is caught up.
+        (0.06, 20 * 0.11),
+    ],
+)
+async def test_a_step_that_is_told_late_does_not_make_the_next_one_late(
+    late_s: float, took_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = LateClock(late_s)
+    engine = make_engine()
+    engine.add(make_request("a", [100], max_tokens=20))
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.get_running_loop(), "time", lambda: clock.now_s)
+        patched.setattr(asyncio, "sleep", clock.sleep)
+        for _ in range(20):
+            await engine.step()
+    assert clock.now_s - 1000.0 == pytest.approx(took_s, rel=0.01)
+
+
 async def test_a_cancelled_step_is_taken_up_by_the_next_call() -> None:
     engine = make_engine()
     engine.add(make_request("a", PROMPT, max_tokens=1))

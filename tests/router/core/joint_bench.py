@@ -23,6 +23,7 @@ TIMING = SimulatedTiming(
     decode_request_s=13e-6,
     decode_context_token_s=43e-9,
     transfer_block_s=0.4e-3,
+    transfer_base_s=2e-3,
 )
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 

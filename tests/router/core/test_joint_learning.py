@@ -105,12 +105,12 @@ def test_hand_offs_tell_how_long_transfers_take() -> None:
     decision = bench.place(tokens=12_800, prefix=9)
     assert (decision.prefill, decision.worker) == ("p1", "d1")
     assert predicted_part(decision, "transfer_s") == pytest.approx(
-        (100 * 0.4e-3 + before_s / 2) * math.exp(FIRST_SPREAD**2 / 2)
+        (2e-3 + 100 * 0.4e-3 + before_s / 2) * math.exp(FIRST_SPREAD**2 / 2)
     )
     bench.now_s += 1.0
     bench.first_token(9)
     step_s = before_s + 13e-6 + (12_800 + 128) * 43e-9
-    moved_s = 100 * 0.4e-3 + step_s / 2
+    moved_s = 2e-3 + 100 * 0.4e-3 + step_s / 2
     bench.now_s += 2 * moved_s + step_s
     bench.first_token(9)
     weight = moved_s / (moved_s + step_s)

@@ -1,0 +1,94 @@
+"""What real engines take, as the engine model's costs. Pure: measured times in, a profile out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from benchmarks.engine_model import least_squares
+from benchmarks.report import table
+from engine.latency_model import StepTimes, StepWork
+from engine.profiles import EngineProfile
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Medians, in seconds."""
+
+    prompts: dict[int, float]
+    """By tokens: from a prompt to its first token."""
+    decodes: dict[tuple[int, int], float]
+    """By requests and context: from a step to the next one."""
+    fetches: dict[int, float]
+    """By tokens: from a hand-off to the next token, without that step's own time."""
+    block_tokens: int
+    kv_tokens: int
+    max_step_tokens: int
+    max_running_requests: int
+    max_model_len_tokens: int
+
+
+def profile_of(measured: Measured) -> EngineProfile:
+    """The engine model's costs, by least squares of relative errors."""
+    works = [_prompt_work(tokens) for tokens in measured.prompts]
+    works += [_decode_work(*each) for each in measured.decodes]
+    seconds = [*measured.prompts.values(), *measured.decodes.values()]
+    costs = least_squares([_terms(work) for work in works], seconds, seconds)
+    fetches = list(measured.fetches.items())
+    base_s, token_s = least_squares(
+        [[1.0, tokens] for tokens, _ in fetches], [s for _, s in fetches], [s for _, s in fetches]
+    )
+    return EngineProfile(
+        model="tiny", gpus=1, kv_bytes_per_token=1, weights_bytes=0.0,
+        step_base_s=costs[0], prefill_token_s=costs[1], prefill_pair_s=costs[2],
+        decode_request_s=costs[3], decode_context_token_s=costs[4],
+        max_step_tokens=measured.max_step_tokens,
+        max_running_requests=measured.max_running_requests,
+        max_model_len_tokens=measured.max_model_len_tokens,
+        kv_tokens_reported=measured.kv_tokens,
+        link_bytes_s=1 / max(token_s, 1e-12), transfer_base_s=base_s,
+    )  # fmt: skip
+
+
+def _prompt_work(tokens: int) -> StepWork:
+    work = StepWork()
+    work.add_prefill(tokens, context_tokens=0)
+    return work
+
+
+def _decode_work(requests: int, context_tokens: int) -> StepWork:
+    work = StepWork()
+    for _ in range(requests):
+        work.add_decode(context_tokens)
+    return work
+
+
+def _terms(work: StepWork) -> list[float]:
+    """What the costs are factors of."""
+    return [
+        1.0, work.prefill_tokens, work.prefill_pairs, work.decode_requests,
+        work.decode_context_tokens,
+    ]  # fmt: skip
+
+
+def report(measured: Measured, profile: EngineProfile) -> str:
+    """Markdown: every point beside the fit, and the costs."""
+    times = StepTimes(profile.timing(measured.block_tokens))
+    points = [
+        (f"prompt of {tokens} tokens", seconds, times.step_s(_prompt_work(tokens)))
+        for tokens, seconds in measured.prompts.items()
+    ]
+    points += [
+        (f"step of {each[0]} x {each[1]} tokens", seconds, times.step_s(_decode_work(*each)))
+        for each, seconds in measured.decodes.items()
+    ]
+    points += [
+        (f"fetch of {n} tokens", seconds, times.transfer_s(-(-n // measured.block_tokens)))
+        for n, seconds in measured.fetches.items()
+    ]
+    rows = [
+        (name, f"{1e3 * seconds:.2f}", f"{1e3 * fitted:.2f}", f"{fitted / seconds - 1:+.0%}")
+        for name, seconds, fitted in points
+    ]
+    costs = [(name, f"{1e6 * value:.4g}") for name, value in asdict(times.timing).items()]
+    fits = table(("alone", "ms", "fitted, ms", "error"), rows)
+    return f"{fits}\n{table(('cost', 'µs'), costs)}"

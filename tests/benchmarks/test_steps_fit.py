@@ -1,0 +1,58 @@
+"""Costs that are fitted to what engines take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.steps_fit import Measured, profile_of, report
+from engine.latency_model import StepTimes, StepWork
+from engine.spec import SimulatedTiming
+
+BLOCK_TOKENS = 128
+TIMING = SimulatedTiming(
+    step_base_s=2e-3, prefill_token_s=20e-6, prefill_pair_s=5e-9, decode_request_s=100e-6,
+    decode_context_token_s=50e-9, transfer_block_s=1e-3, transfer_base_s=7e-3,
+)  # fmt: skip
+
+
+def measured(transfer_base_s: float = TIMING.transfer_base_s) -> Measured:
+    """Engines that are just as the model."""
+    times = StepTimes(TIMING)
+
+    def prompt_s(tokens: int) -> float:
+        work = StepWork()
+        work.add_prefill(tokens, 0)
+        return times.step_s(work)
+
+    def decode_s(requests: int, context_tokens: int) -> float:
+        return times.step_s(
+            StepWork(decode_requests=requests, decode_context_tokens=requests * context_tokens)
+        )
+
+    return Measured(
+        prompts={tokens: prompt_s(tokens) for tokens in (128, 512, 2048)},
+        decodes={each: decode_s(*each) for each in ((1, 128), (1, 4096), (8, 512), (16, 128))},
+        fetches={blocks * BLOCK_TOKENS: transfer_base_s + blocks * 1e-3 for blocks in (1, 4, 16)},
+        block_tokens=BLOCK_TOKENS, kv_tokens=100_000, max_step_tokens=4096,
+        max_running_requests=256, max_model_len_tokens=8192,
+    )  # fmt: skip
+
+
+def test_the_model_is_found_again() -> None:
+    fitted = profile_of(measured())
+    found = asdict(fitted.timing(BLOCK_TOKENS))
+    assert found == pytest.approx(asdict(TIMING))
+    assert (fitted.kv_tokens, fitted.max_step_tokens) == (100_000, 4096)
+
+
+def test_no_cost_is_below_nothing() -> None:
+    assert profile_of(measured(transfer_base_s=-0.5e-3)).transfer_base_s == 0
+
+
+def test_the_report_holds_each_point_beside_its_fit() -> None:
+    given = measured()
+    text = report(given, profile_of(given))
+    assert "| step of 16 x 128 tokens | 3.70 | 3.70 | " in text
+    assert "| fetch of 512 tokens | 11.00 | 11.00 | " in text
