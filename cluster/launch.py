@@ -145,7 +145,6 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         local_prefill_max_tokens=config.router.local_prefill_max_tokens,
         max_requests=config.router.max_requests,
         served_model_names=names,
-        model=str(directory),
         index_block_tokens=index_block_tokens(_block_tokens(config)),
         record_events=recordings(config),
     )

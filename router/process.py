@@ -26,7 +26,7 @@ import msgspec
 import uvloop
 
 from protos import anchor_link, enginecore, membership
-from protos.ids import RequestKey, TicketId, WorkerId, request_key
+from protos.ids import Incarnation, RequestKey, TicketId, WorkerId, request_key
 from router import anchor_client
 from router.core import admission
 from router.core.events import (
@@ -92,11 +92,13 @@ class RouterProcess:
         origin = Origin(core_settings, settings.joint, tie_break_seed=self._incarnation)
         self.core = make_core(origin)
         self._recorder = _recorder(settings, self._incarnation, origin)
-        self._cached_as = admission.CachedAs(settings.model, settings.index_block_tokens)
+        self._cached_as = admission.CachedAs("", settings.index_block_tokens)
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
         self._measured = Measured()
         self._fronts_told = _FrontsTold()
         self._membership: membership.Membership | None = None
+        self._told_of_others: list[WorkerId] = []
+        """Members of other weights than those served."""
         self._link_bytes = LinkBytes()
         self._links = WorkerLinks(
             settings, self._incarnation, self, self._on_task_done, self._link_bytes
@@ -277,13 +279,31 @@ class RouterProcess:
             return
         self._membership = read
         facts = [
-            MemberFacts(WorkerId(each.worker_id), Role(each.role), each.draining)
+            MemberFacts(
+                WorkerId(each.worker_id),
+                Role(each.role),
+                each.draining,
+                Incarnation(each.incarnation),
+                each.weights,
+            )
             for each in read.members
         ]
         self.feed(MembershipChanged(tuple(facts)))
+        self._note_weights()
         # Before the snapshot is in, what workers hold could not be understood.
         if self._took_over:
             self._links.update(read)
+
+    def _note_weights(self) -> None:
+        pool = self.core.pool
+        self._cached_as = self._cached_as._replace(weights=pool.weights)
+        others = pool.members_of_other_weights
+        if others and others != self._told_of_others:
+            _log.warning(
+                "%s: other weights than those served (%s), so no requests until all workers that "
+                "have these are gone or drain", ", ".join(others), pool.weights,
+            )  # fmt: skip
+        self._told_of_others = others
 
     def on_welcome(self, worker: WorkerId, ready_payload: bytes) -> None:
         """Fronts can be told what their engine is."""

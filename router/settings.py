@@ -105,8 +105,6 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     """For least predicted work: prompts of at most this many tokens are computed on the decode
     worker."""
     served_model_names: list[str]
-    model: str
-    """As workers are told to load it; names what their prefix caches hold."""
     index_block_tokens: int
     """What one address in the KV index stands for, as workers make them."""
     ticket_ttl_s: float = 600.0

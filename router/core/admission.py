@@ -19,7 +19,8 @@ DEFAULT_MAX_TOKENS = 16
 class CachedAs(NamedTuple):
     """What names the contents of prefix caches, besides a request's own tokens and salt."""
 
-    model: str
+    weights: str
+    """Digest of those that are served."""
     block_tokens: int
     """What one address stands for."""
 
@@ -71,8 +72,8 @@ def take_over(request: EngineRequest) -> list[str]:
 
 def _addresses(request: EngineRequest, cached_as: CachedAs) -> list[bytes]:
     """Of the prompt's whole blocks. Adapters, which would be named by them too, are refused."""
-    model, block_tokens = cached_as
-    root = root_address(model, "", request.cache_salt or "", block_tokens)
+    weights, block_tokens = cached_as
+    root = root_address(weights, "", request.cache_salt or "", block_tokens)
     try:
         return block_addresses(root, request.prompt_token_ids or (), block_tokens)
     except OverflowError:

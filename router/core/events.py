@@ -294,6 +294,9 @@ class MemberFacts:
     worker: WorkerId
     role: Role
     draining: bool
+    incarnation: Incarnation
+    weights: str
+    """Digest of what it computes with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,9 @@ class RouterCore:
             reasons.append("no decode worker is up")
         if self.settings.expect_prefill and not self.pool.usable(Role.PREFILL):
             reasons.append("no prefill worker is up")
+        others = self.pool.members_of_other_weights
+        if reasons and others:
+            reasons.append(f"{', '.join(others)}: other weights than those served")
         return reasons
 
     # Requests

@@ -142,7 +142,6 @@ class Unit:
             joint=joint,
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
-            model="none",
             index_block_tokens=128,
             record_events=None if record_events is None else str(record_events),
         )
@@ -169,19 +168,22 @@ class Unit:
         command = [sys.executable, "-m", "router.process", str(self.paths.directory)]
         self.router = subprocess.Popen(command, cwd=ROOT)
 
-    def start_worker(self, name: str, step_s: float = STEP_S) -> None:
+    def start_worker(self, name: str, step_s: float = STEP_S, model: str = "none") -> None:
         role = "prefill" if name.startswith("p") else "decode"
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.router.worker_process", name, role, TOKEN, str(step_s)],
+            [
+                *(sys.executable, "-m", "tests.router.worker_process"),
+                *(name, role, TOKEN, str(step_s), model),
+            ],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
         )
         assert process.stdout is not None
-        port, incarnation = process.stdout.readline().split()
+        port, incarnation, weights = process.stdout.readline().split()
         self.workers[name] = process
         self._members[name] = membership.Member(
-            name, int(incarnation), role, f"127.0.0.1:{port}", "here", process.pid
+            name, int(incarnation), role, f"127.0.0.1:{port}", "here", process.pid, weights
         )
 
     def move_worker(self, name: str, port: int) -> int:

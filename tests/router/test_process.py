@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from protos import enginecore
+from protos.enginecore import EngineRequest
 from router.tickets import TicketMint
 from tests.router.running_router import ROOT, TOKEN, Unit, expected, loaded_libraries, until
 
@@ -133,6 +134,38 @@ async def test_health_metrics_and_workers(unit: Unit) -> None:
     await asyncio.sleep(0.5)
     status, health = await unit.get("/health")
     assert (status, health["reasons"]) == (503, ["no prefill worker is up"])
+
+
+async def test_workers_with_other_weights_wait_for_the_end_of_those_served(
+    unit: Unit, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for worker in ("p1", "d1"):
+        unit.start_worker(worker, model=str(model))
+    unit.tell_members()
+    await unit.sees(4)
+
+    async def states() -> dict[str, str]:
+        _, answer = await unit.get("/workers")
+        return {worker["id"]: worker["state"].partition(":")[0] for worker in answer["workers"]}
+
+    async def used_by(request: EngineRequest) -> set[str]:
+        await unit.anchor.ask(request).whole()
+        _, answer = await unit.get(f"/requests/{request.external_req_id}")
+        return {each["worker"] for each in answer["requests"][0]["attempts"]}
+
+    assert await states() == {
+        "p0": "serving", "d0": "serving", "p1": "unusable", "d1": "unusable",
+    }  # fmt: skip
+    for _ in range(4):
+        assert await used_by(unit.request(300)) == {"p0", "d0"}
+    for worker in ("p0", "d0"):
+        unit.bury_worker(worker, "redeployed")
+    await unit.sees(2)
+    assert await states() == {"p1": "serving", "d1": "serving"}
+    assert await used_by(unit.request(300)) == {"p1", "d1"}
 
 
 async def indexed(unit: Unit) -> dict[str, int]:
