@@ -30,6 +30,7 @@ from protos.ids import Incarnation, RequestKey, TicketId, WorkerId, request_key
 from router import anchor_client
 from router.core import admission
 from router.core.events import (
+    NO_TERMS,
     AbortOn,
     AskCache,
     Command,
@@ -47,6 +48,7 @@ from router.core.events import (
     Role,
     SnapshotTaken,
     Submit,
+    Terms,
     Tick,
     TicketAsked,
     TicketGranted,
@@ -60,14 +62,8 @@ from router.metrics import LinkBytes, Measured
 from router.recorder import Recorder
 from router.report import Report
 from router.settings import RouterSettings, UnitPaths, load_router
-from router.tickets import (
-    TicketConnection,
-    TicketMint,
-    answer,
-    answer_line,
-    left_s,
-    reason_line,
-)
+from router.ticket_mint import Ticket, TicketMint
+from router.tickets import TicketConnection, answer, answer_line, reason_line
 from router.worker_links import WorkerLinks
 
 _log = logging.getLogger("router")
@@ -232,10 +228,9 @@ class RouterProcess:
         except msgspec.DecodeError as error:
             self._refuse(message.front, message.request_id, key, error)
             return
-        wall_s = time.time()
-        ticket = self._mint.find(request, wall_s)
+        ticket, deadline_s, terms = _agreed(self._mint.find(request, time.time()))
         demand = admission.read(request, self._cached_as)
-        self.feed(RequestArrived(key, demand, ticket, _deadline_s(ticket, wall_s)))
+        self.feed(RequestArrived(key, demand, ticket, deadline_s, terms))
 
     def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
         for each in snapshot.underway:
@@ -245,12 +240,10 @@ class RouterProcess:
             except msgspec.DecodeError as error:
                 self._refuse(each.front, each.request_id, key, error, each.given_tokens)
                 continue
-            wall_s = time.time()
-            ticket = self._mint.find(request, wall_s, late=True)
-            deadline_s = _deadline_s(ticket, wall_s)
+            ticket, deadline_s, terms = _agreed(self._mint.find(request, time.time(), late=True))
             demand = admission.read(request, self._cached_as)
             self._underway.append(
-                RequestRecovered(key, demand, ticket, each.given_tokens, deadline_s)
+                RequestRecovered(key, demand, ticket, each.given_tokens, deadline_s, terms)
             )
         if snapshot.more:
             return
@@ -351,10 +344,14 @@ class _FrontsTold:
         return enginecore.encode(ready)
 
 
-def _deadline_s(ticket: TicketId | None, wall_s: float) -> float | None:
-    """A ticket's deadline on the core's clock."""
-    remaining_s = left_s(ticket, wall_s)
-    return None if remaining_s is None else time.monotonic() + remaining_s
+def _agreed(ticket: Ticket | None) -> tuple[TicketId | None, float | None, Terms]:
+    """Its id, its deadline on the core's clock, and its terms."""
+    if ticket is None:
+        return None, None, NO_TERMS
+    deadline_s = ticket.deadline_s
+    if deadline_s is not None:
+        deadline_s += time.monotonic() - time.time()
+    return ticket.id, deadline_s, ticket.terms
 
 
 def _recorder(settings: RouterSettings, incarnation: int, origin: Origin) -> Recorder | None:

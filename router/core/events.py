@@ -162,6 +162,8 @@ class RequestArrived:
     ticket: TicketId | None
     deadline_s: float | None = None
     """On the core's clock."""
+    terms: Terms = NO_TERMS
+    """What its ticket says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,8 @@ class RequestRecovered:
     given_tokens: int
     deadline_s: float | None = None
     """On the core's clock."""
+    terms: Terms = NO_TERMS
+    """What its ticket says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class RouterCore:
             deadline_s=event.deadline_s, stripped_arguments=demand.stripped_arguments,
         )  # fmt: skip
         record.note(now_s, "arrived")
-        story = self.book.add(event.ticket, record)
+        story = self.book.add(event.ticket, record, event.terms)
         terms = story.terms
         shape = replace(
             shape, kind=kind_of(terms, story.path), ttft_slo_s=terms.ttft_slo_s,

@@ -25,7 +25,7 @@ from engine.spec import SimulatedTiming, WorkerSpec
 from protos import anchor_link, enginecore, membership
 from protos.enginecore import EngineRequest
 from router.settings import JointSettings, RouterSettings, UnitPaths, save
-from router.tickets import TicketMint
+from router.ticket_mint import TicketMint
 from router.unit.anchor.relay import Relay
 
 ROOT = Path(__file__).parents[2]

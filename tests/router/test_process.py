@@ -18,7 +18,7 @@ import pytest
 
 from protos import enginecore
 from protos.enginecore import EngineRequest
-from router.tickets import TicketMint
+from router.ticket_mint import TicketMint
 from tests.router.running_router import ROOT, TOKEN, Unit, expected, loaded_libraries, until
 
 
@@ -307,6 +307,29 @@ async def test_streams_survive_the_router(unit: Unit) -> None:
     _, state = await unit.get("/state")
     assert state["under_way"] == {}
     await unit.idle()
+
+
+async def test_terms_survive_the_router(unit: Unit) -> None:
+    """Of a request under way, and of one whose ticket a former router gave."""
+    said = "authorization=Bearer one\tx-baton-priority=low\tx-baton-ttft-ms=60000"
+    question = f"v1\tPOST\t/v1/completions\t{said}\n"
+    tickets = [(await ask_ticket(unit, question)).split()[1] for _ in range(2)]
+    underway, late = (unit.request(50, ticket, max_tokens=300) for ticket in tickets)
+    streams = [unit.anchor.ask(underway)]
+    await streams[0].begun(20)
+    before = unit.anchor.hellos
+    unit.kill_router()
+    unit.start_router()
+    await unit.anchor.greeted(before + 1)
+    streams.append(unit.anchor.ask(late))
+    for request, stream in zip((underway, late), streams, strict=True):
+        assert await stream.whole() == await expected(request)
+    for ticket, recovered in zip(tickets, (True, False), strict=True):
+        _, answer = await unit.get(f"/requests/{ticket}")
+        assert (answer["priority"], answer["ttft_slo_s"], answer["tpot_slo_s"]) == (
+            "low", 60.0, None,
+        )  # fmt: skip
+        assert [each["recovered"] for each in answer["requests"]] == [recovered]
 
 
 async def test_neither_vllm_nor_torch_nor_ray_is_loaded(unit: Unit) -> None:
