@@ -146,6 +146,7 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         max_requests=config.router.max_requests,
         served_model_names=names,
         index_block_tokens=index_block_tokens(_block_tokens(config)),
+        share_prefixes=config.kv.share_prefixes,
         record_events=recordings(config),
     )
     serve.start(proxy_location="Disabled")

@@ -23,8 +23,17 @@ def index_block_tokens(engine_block_tokens: int) -> int:
 
 def root_address(weights: str, adapter: str, salt: str, block_tokens: int) -> bytes:
     """What the first block's address follows. `weights` is a digest of them (`engine.weights`)."""
-    digest = blake2b(digest_size=ADDRESS_BYTES, person=b"baton-kv-root")
-    for part in (weights, adapter, salt, str(block_tokens)):
+    return _digest(b"baton-kv-root", weights, adapter, salt, str(block_tokens))
+
+
+def tenant_salt(tenant: str, client_salt: str) -> str:
+    """For a tenant's own use: whatever salt a client gives, it gets no other tenant's."""
+    return _digest(b"baton-kv-tenant", tenant, client_salt).hex()
+
+
+def _digest(purpose: bytes, *parts: str) -> bytes:
+    digest = blake2b(digest_size=ADDRESS_BYTES, person=purpose)
+    for part in parts:
         content = part.encode()
         # With its length before it, a part can't pass for the end of another.
         digest.update(len(content).to_bytes(8, "little") + content)

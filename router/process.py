@@ -26,6 +26,7 @@ import msgspec
 import uvloop
 
 from protos import anchor_link, enginecore, membership
+from protos.enginecore import EngineRequest
 from protos.ids import Incarnation, RequestKey, TicketId, WorkerId, request_key
 from router import anchor_client
 from router.core import admission
@@ -34,6 +35,7 @@ from router.core.events import (
     AbortOn,
     AskCache,
     Command,
+    Demand,
     End,
     Ended,
     Event,
@@ -229,8 +231,12 @@ class RouterProcess:
             self._refuse(message.front, message.request_id, key, error)
             return
         ticket, deadline_s, terms = _agreed(self._mint.find(request, time.time()))
-        demand = admission.read(request, self._cached_as)
+        demand = self._read(request, terms)
         self.feed(RequestArrived(key, demand, ticket, deadline_s, terms))
+
+    def _read(self, request: EngineRequest, terms: Terms) -> Demand:
+        own = self._settings.share_prefixes == "tenant"
+        return admission.read(request, self._cached_as, terms.tenant if own else None)
 
     def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
         for each in snapshot.underway:
@@ -241,7 +247,7 @@ class RouterProcess:
                 self._refuse(each.front, each.request_id, key, error, each.given_tokens)
                 continue
             ticket, deadline_s, terms = _agreed(self._mint.find(request, time.time(), late=True))
-            demand = admission.read(request, self._cached_as)
+            demand = self._read(request, terms)
             self._underway.append(
                 RequestRecovered(key, demand, ticket, each.given_tokens, deadline_s, terms)
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvstore.content import block_addresses, root_address
+from kvstore.content import block_addresses, root_address, tenant_salt
 from protos.enginecore import EngineRequest, encode, strip_internal_arguments
 from router.core.events import Demand, Shape
 
@@ -25,9 +25,15 @@ class CachedAs(NamedTuple):
     """What one address stands for."""
 
 
-def read(request: EngineRequest, cached_as: CachedAs) -> Demand:
-    """Take a front's request over: it is changed, and then as engines will get it."""
+def read(request: EngineRequest, cached_as: CachedAs, tenant: str | None = None) -> Demand:
+    """Take a front's request over: it is changed, and then as engines will get it.
+
+    `tenant` is given where tenants share no cached prefixes. Its salt goes to the engine too, so
+    neither its prefix cache nor our index knows another's prompts.
+    """
     removed = take_over(request)
+    if tenant is not None:
+        request.cache_salt = tenant_salt(tenant, request.cache_salt or "")
     refusal = _refusal(request)
     addresses = _addresses(request, cached_as) if refusal is None else []
     shape = _shape(request, addresses)

@@ -24,7 +24,7 @@ from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
 from protos import anchor_link, enginecore, membership
 from protos.enginecore import EngineRequest
-from router.settings import JointSettings, RouterSettings, UnitPaths, save
+from router.settings import JointSettings, RouterSettings, SharePrefixes, UnitPaths, save
 from router.ticket_mint import TicketMint
 from router.unit.anchor.relay import Relay
 
@@ -133,6 +133,7 @@ class Unit:
     def __init__(
         self, directory: Path, local_prefill_max_tokens: int = 0,
         record_events: Path | None = None, joint: JointSettings | None = None,
+        share_prefixes: SharePrefixes = "cluster",
     ) -> None:  # fmt: skip
         self.paths = UnitPaths(directory)
         settings = RouterSettings(
@@ -143,6 +144,7 @@ class Unit:
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
             index_block_tokens=128,
+            share_prefixes=share_prefixes,
             record_events=None if record_events is None else str(record_events),
         )
         save(self.paths.router_settings, settings)

@@ -18,6 +18,7 @@ import pytest
 
 from protos import enginecore
 from protos.enginecore import EngineRequest
+from router.settings import SharePrefixes
 from router.ticket_mint import TicketMint
 from tests.router.running_router import ROOT, TOKEN, Unit, expected, loaded_libraries, until
 
@@ -166,6 +167,44 @@ async def test_workers_with_other_weights_wait_for_the_end_of_those_served(
     await unit.sees(2)
     assert await states() == {"p1": "serving", "d1": "serving"}
     assert await used_by(unit.request(300)) == {"p1", "d1"}
+
+
+@pytest.mark.parametrize("share_prefixes", ["cluster", "tenant"])
+async def test_tenants_share_prefixes_if_they_may(
+    tmp_path: Path, share_prefixes: SharePrefixes
+) -> None:
+    """Also with a router that did not give the ticket."""
+    unit = Unit(tmp_path, local_prefill_max_tokens=2048, share_prefixes=share_prefixes)
+    try:
+        await unit.start("d0", "p0")
+        prompt = list(range(300))
+
+        async def cached(key: str, salt: str | None = None, outlives_router: bool = False) -> int:
+            question = f"v1\tPOST\t/v1/completions\tauthorization=Bearer {key}\n"
+            request = unit.request(1, (await ask_ticket(unit, question)).split()[1], max_tokens=2)
+            request.prompt_token_ids, request.cache_salt = prompt, salt
+            if outlives_router:
+                before = unit.anchor.hellos
+                unit.kill_router()
+                unit.start_router()
+                await unit.anchor.greeted(before + 1)
+                await unit.healthy()
+            await unit.anchor.ask(request).whole()
+            _, answer = await unit.get(f"/requests/{request.external_req_id}")
+            tokens: int = answer["requests"][0]["actual"]["prompt"]["cached_tokens"]
+            return tokens
+
+        shared = 288 if share_prefixes == "cluster" else 0  # Of blocks of 16 tokens.
+        assert await cached("one") == 0
+        assert await cached("one") == 288
+        assert await cached("other") == shared
+        assert await cached("one", "secret") == 0
+        assert await cached("one", "secret") == 288
+        assert await cached("other", "secret") == shared
+        assert await cached("one", outlives_router=True) == 288
+        assert await cached("third", outlives_router=True) == shared
+    finally:
+        unit.close()
 
 
 async def indexed(unit: Unit) -> dict[str, int]:
