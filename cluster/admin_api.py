@@ -100,6 +100,8 @@ class AdminApi:
             "engine_pid": address.engine_pid if address else None,
             "address": address.address if address else None,
             "incarnation": address.incarnation if address else None,
+            "weights": address.weights if address else None,
+            "seen_by_router": seen.get("state"),
             "load": seen.get("load"),
             "kv_index_blocks": seen.get("kv_index_blocks"),
         }

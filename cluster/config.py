@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.engine_arguments import check_engine_args
 from engine.spec import EngineKind, Role, SimulatedTiming
 from protos.errors import ConfigError
+from router.settings import SharePrefixes
 
 ENVIRONMENT_PREFIX = "BATON_"
 INSTANCE_VARIABLE = "BATON_INSTANCE"
@@ -166,6 +167,12 @@ class KvSection(_Section):
         le=3600,
         description="Seconds for which the blocks of a processed prompt are kept for the worker "
         "that goes on with it.",
+    )
+    share_prefixes: SharePrefixes = Field(
+        default="cluster",
+        description="Who may be served from a prompt's cached state. `cluster`: every client, as "
+        "in vLLM; one with secrets gives a `cache_salt`. `tenant`: who shows the same API key, so "
+        "that nobody can tell by the time to first token what others have asked.",
     )
 
 

@@ -147,8 +147,8 @@ def deploy_units(config: Config, instance: Instance, directory: Path, link_token
         local_prefill_max_tokens=config.router.local_prefill_max_tokens,
         max_requests=config.router.max_requests,
         served_model_names=names,
-        model=str(directory),
         index_block_tokens=index_block_tokens(_block_tokens(config)),
+        share_prefixes=config.kv.share_prefixes,
         record_events=recordings(config),
     )
     serve.start(proxy_location="Disabled")

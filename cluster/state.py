@@ -73,7 +73,7 @@ class ClusterState:
     def membership(self) -> Membership:
         """Who can serve now, and why others do not any more."""
         members = [
-            Member(a.worker_id, a.incarnation, a.role, a.address, a.node, a.pid)
+            Member(a.worker_id, a.incarnation, a.role, a.address, a.node, a.pid, a.weights)
             for a in self._addresses.values()
         ]
         return Membership(self.version, members, [*self._gone])

@@ -55,6 +55,7 @@ class EngineActor:
                 node=ray.get_runtime_context().get_node_id(),
                 pid=os.getpid(),
                 engine_pid=getattr(self._engine, "pid", None),
+                weights=self._service.weights,
             )
             self._serving = asyncio.create_task(self._serve())
         return self._address

@@ -25,6 +25,8 @@ class EngineInfo:
     max_model_len_tokens: int
     ready_payload: bytes
     """`protos.enginecore.ReadyResponse`, msgpack, for the fronts."""
+    weights: str
+    """Digest of what it computes with (`engine.weights`)."""
     vocabulary_tokens: int | None = None
     """Token ids are below this; None: any will do."""
 

@@ -75,13 +75,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._info: EngineInfo = await self._engine.start()
         self._load = EngineLoad(kv_blocks_total=self._info.kv_blocks_total)
         self._attempts = Attempts(self._info.max_model_len_tokens, self._info.vocabulary_tokens)
-        self._cache = CacheReports(EngineBlocks(self._spec.model, self._info.block_size_tokens))
+        self._cache = CacheReports(EngineBlocks(self._info.weights, self._info.block_size_tokens))
         self._server = grpc.aio.server(options=GRPC_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         port: int = self._server.add_insecure_port(f"{self._spec.listen_host}:0")
         await self._server.start()
         self._tasks.append(self._spawn(self._tell_idle_routers()))
         return port
+
+    @property
+    def weights(self) -> str:
+        """Digest of what the engine computes with, once it was started."""
+        return self._info.weights
 
     async def run(self) -> None:
         """Relay the engine's steps until it dies, which raises EngineError."""

@@ -60,3 +60,5 @@ class WorkerAddress:
     pid: int
     """The actor's process; when it or its engine process dies, both do."""
     engine_pid: int | None
+    weights: str
+    """Digest of what its engine computes with (`engine.weights`)."""

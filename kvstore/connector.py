@@ -1,8 +1,9 @@
 """The KV connector of Baton's vLLM engines: vLLM's NIXL connector, made to verify and to let go.
 
-It adds three things to the pull-mode connector that it builds on:
+It adds four things to the pull-mode connector that it builds on:
 - the owner tells in the manifest until when it keeps the blocks (their lease), and the reader
   uses what it read only if that lease still ran when the read had completed;
+- who computes with other weights is refused, wherever they lie;
 - blocks that wait to be fetched are freed at once when nobody will (the client left);
 - an idle engine does not report the same figures a thousand times a second.
 
@@ -11,6 +12,7 @@ Loaded by vLLM in the engine process (`kv_connector_module_path`); nothing else 
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
+    NixlConnectorMetadata,
+    compute_nixl_compatibility_hash,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
     NixlPullConnectorScheduler,
 )
@@ -33,6 +38,7 @@ from kvstore.paced_agent import PacedAgent
 from kvstore.pollers import name_new_threads, own_threads
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -114,6 +120,23 @@ class BatonWorkerSide(NixlPullConnectorWorker):  # type: ignore[misc]
     def paces_progress() -> bool:
         """Whether NIXL's own progress thread would take cores that the model needs."""
         return bool(current_platform.is_cpu())
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        super().register_kv_caches(kv_caches)
+        # What was made has the model's path in it, which says nothing of what lies there.
+        self.compat_hash = compute_nixl_compatibility_hash(
+            self._named_by_weights(),
+            ",".join(sorted({backend.get_name() for backend in self.attn_backends})),
+            transfer_mode=self._TRANSFER_MODE,
+        )
+        self.xfer_handshake_metadata.compatibility_hash = self.compat_hash
+
+    def _named_by_weights(self) -> VllmConfig:
+        """The configuration of a model whose name is its weights' digest (`engine.weights`)."""
+        config = copy.copy(self.vllm_config)
+        config.model_config = copy.copy(config.model_config)
+        config.model_config.model = self.kv_transfer_config.kv_connector_extra_config["weights"]
+        return config
 
     def start_load_kv(self, metadata: BatonConnectorMetadata) -> None:
         super().start_load_kv(metadata)

@@ -53,10 +53,10 @@ class _Block:
 class EngineBlocks:
     """What one engine holds."""
 
-    def __init__(self, model: str, engine_block_tokens: int) -> None:
+    def __init__(self, weights: str, engine_block_tokens: int) -> None:
         self.block_tokens = index_block_tokens(engine_block_tokens)
         """What an address stands for."""
-        self._model = model
+        self._weights = weights
         self._engine_block_tokens = engine_block_tokens
         self._blocks_per_address = self.block_tokens // engine_block_tokens
         self._blocks: dict[bytes, _Block] = {}
@@ -109,7 +109,7 @@ class EngineBlocks:
         if event.parent is not None:
             before = self._blocks.get(event.parent)
             return None if before is None else _after(before)
-        root = root_address(self._model, event.adapter, event.cache_salt, self.block_tokens)
+        root = root_address(self._weights, event.adapter, event.cache_salt, self.block_tokens)
         return _Begun(root, b"", ())
 
     def _place(self, block: _Block, engine_hash: bytes, begun: _Begun, tokens: bytes) -> None:

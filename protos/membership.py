@@ -21,6 +21,8 @@ class Member(Struct, frozen=True):
     address: str
     node: str
     pid: int
+    weights: str
+    """Digest of what it computes with: those who differ share no request and no KV state."""
     draining: bool = False
 
 

@@ -26,13 +26,16 @@ import msgspec
 import uvloop
 
 from protos import anchor_link, enginecore, membership
-from protos.ids import RequestKey, TicketId, WorkerId, request_key
+from protos.enginecore import EngineRequest
+from protos.ids import Incarnation, RequestKey, TicketId, WorkerId, request_key
 from router import anchor_client
 from router.core import admission
 from router.core.events import (
+    NO_TERMS,
     AbortOn,
     AskCache,
     Command,
+    Demand,
     End,
     Ended,
     Event,
@@ -47,6 +50,7 @@ from router.core.events import (
     Role,
     SnapshotTaken,
     Submit,
+    Terms,
     Tick,
     TicketAsked,
     TicketGranted,
@@ -60,14 +64,8 @@ from router.metrics import LinkBytes, Measured
 from router.recorder import Recorder
 from router.report import Report
 from router.settings import RouterSettings, UnitPaths, load_router
-from router.tickets import (
-    TicketConnection,
-    TicketMint,
-    answer,
-    answer_line,
-    left_s,
-    reason_line,
-)
+from router.ticket_mint import Ticket, TicketMint
+from router.tickets import TicketConnection, answer, answer_line, reason_line
 from router.worker_links import WorkerLinks
 
 _log = logging.getLogger("router")
@@ -92,11 +90,13 @@ class RouterProcess:
         origin = Origin(core_settings, settings.joint, tie_break_seed=self._incarnation)
         self.core = make_core(origin)
         self._recorder = _recorder(settings, self._incarnation, origin)
-        self._cached_as = admission.CachedAs(settings.model, settings.index_block_tokens)
+        self._cached_as = admission.CachedAs("", settings.index_block_tokens)
         self._mint = TicketMint(settings.link_token, settings.ticket_ttl_s)
         self._measured = Measured()
         self._fronts_told = _FrontsTold()
         self._membership: membership.Membership | None = None
+        self._told_of_others: list[WorkerId] = []
+        """Members of other weights than those served."""
         self._link_bytes = LinkBytes()
         self._links = WorkerLinks(
             settings, self._incarnation, self, self._on_task_done, self._link_bytes
@@ -230,10 +230,13 @@ class RouterProcess:
         except msgspec.DecodeError as error:
             self._refuse(message.front, message.request_id, key, error)
             return
-        wall_s = time.time()
-        ticket = self._mint.find(request, wall_s)
-        demand = admission.read(request, self._cached_as)
-        self.feed(RequestArrived(key, demand, ticket, _deadline_s(ticket, wall_s)))
+        ticket, deadline_s, terms = _agreed(self._mint.find(request, time.time()))
+        demand = self._read(request, terms)
+        self.feed(RequestArrived(key, demand, ticket, deadline_s, terms))
+
+    def _read(self, request: EngineRequest, terms: Terms) -> Demand:
+        own = self._settings.share_prefixes == "tenant"
+        return admission.read(request, self._cached_as, terms.tenant if own else None)
 
     def _take_over(self, snapshot: anchor_link.Snapshot) -> None:
         for each in snapshot.underway:
@@ -243,12 +246,10 @@ class RouterProcess:
             except msgspec.DecodeError as error:
                 self._refuse(each.front, each.request_id, key, error, each.given_tokens)
                 continue
-            wall_s = time.time()
-            ticket = self._mint.find(request, wall_s, late=True)
-            deadline_s = _deadline_s(ticket, wall_s)
-            demand = admission.read(request, self._cached_as)
+            ticket, deadline_s, terms = _agreed(self._mint.find(request, time.time(), late=True))
+            demand = self._read(request, terms)
             self._underway.append(
-                RequestRecovered(key, demand, ticket, each.given_tokens, deadline_s)
+                RequestRecovered(key, demand, ticket, each.given_tokens, deadline_s, terms)
             )
         if snapshot.more:
             return
@@ -277,13 +278,31 @@ class RouterProcess:
             return
         self._membership = read
         facts = [
-            MemberFacts(WorkerId(each.worker_id), Role(each.role), each.draining)
+            MemberFacts(
+                WorkerId(each.worker_id),
+                Role(each.role),
+                each.draining,
+                Incarnation(each.incarnation),
+                each.weights,
+            )
             for each in read.members
         ]
         self.feed(MembershipChanged(tuple(facts)))
+        self._note_weights()
         # Before the snapshot is in, what workers hold could not be understood.
         if self._took_over:
             self._links.update(read)
+
+    def _note_weights(self) -> None:
+        pool = self.core.pool
+        self._cached_as = self._cached_as._replace(weights=pool.weights)
+        others = pool.members_of_other_weights
+        if others and others != self._told_of_others:
+            _log.warning(
+                "%s: other weights than those served (%s), so no requests until all workers that "
+                "have these are gone or drain", ", ".join(others), pool.weights,
+            )  # fmt: skip
+        self._told_of_others = others
 
     def on_welcome(self, worker: WorkerId, ready_payload: bytes) -> None:
         """Fronts can be told what their engine is."""
@@ -331,10 +350,14 @@ class _FrontsTold:
         return enginecore.encode(ready)
 
 
-def _deadline_s(ticket: TicketId | None, wall_s: float) -> float | None:
-    """A ticket's deadline on the core's clock."""
-    remaining_s = left_s(ticket, wall_s)
-    return None if remaining_s is None else time.monotonic() + remaining_s
+def _agreed(ticket: Ticket | None) -> tuple[TicketId | None, float | None, Terms]:
+    """Its id, its deadline on the core's clock, and its terms."""
+    if ticket is None:
+        return None, None, NO_TERMS
+    deadline_s = ticket.deadline_s
+    if deadline_s is not None:
+        deadline_s += time.monotonic() - time.time()
+    return ticket.id, deadline_s, ticket.terms
 
 
 def _recorder(settings: RouterSettings, incarnation: int, origin: Origin) -> Recorder | None:

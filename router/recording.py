@@ -22,7 +22,7 @@ from protos.errors import ConfigError, ProtocolError
 from router.core.events import Command, Event
 from router.live_core import Origin
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _TAG: Final = "baton recording"
 _READ_BYTES: Final = 1024 * 1024
 

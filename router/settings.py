@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +17,8 @@ from msgspec import Struct
 from engine.spec import SimulatedTiming
 
 KEPT_RECORDS: Final = 10_000
+SharePrefixes = Literal["cluster", "tenant"]
+"""Who may be served from a prompt's cached state: everybody, or who shows the same API key."""
 
 
 class UnitPaths:
@@ -105,10 +107,9 @@ class RouterSettings(Struct, frozen=True, kw_only=True):
     """For least predicted work: prompts of at most this many tokens are computed on the decode
     worker."""
     served_model_names: list[str]
-    model: str
-    """As workers are told to load it; names what their prefix caches hold."""
     index_block_tokens: int
     """What one address in the KV index stands for, as workers make them."""
+    share_prefixes: SharePrefixes = "cluster"
     ticket_ttl_s: float = 600.0
     """Longer than any upload may take: a ticket is given before the body is read."""
     worker_reconnect_s: float = 10.0

@@ -6,22 +6,15 @@ One line in, one line out, then the connection ends or asks again:
     why TAB ticket                         (a front answered 5xx: what is known of it)
     status TAB retry-after TAB message     or    -
 
-A ticket certifies itself: whoever has the cluster's token can tell that it was issued, when, and by
-when its requests must have ended. So a router accepts what its predecessor issued, and keeps no
-list.
+What a ticket is, `ticket_mint` knows.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import os
 from collections.abc import Callable, Mapping
 from typing import Final, cast
 
-from protos.enginecore import EngineRequest
-from protos.ids import TicketId
 from router.core.events import (
     Fault,
     Priority,
@@ -30,20 +23,11 @@ from router.core.events import (
     TicketGranted,
     TicketRefused,
 )
-from router.core.records import TICKET_PATTERN, TicketStory
+from router.core.records import TicketStory
+from router.ticket_mint import LONGEST_DEADLINE_MS, TicketMint
 
 LONGEST_LINE_BYTES: Final = 64 * 1024
-LONGEST_DEADLINE_MS: Final = 24 * 3600 * 1000
 DEADLINE_FIELD: Final = "x-baton-deadline-ms"
-_TENANT_BYTES: Final = 8
-_TIME_DIGITS: Final = 12
-_DEADLINE_DIGITS: Final = 8
-_DEADLINE_AT: Final = slice(_TIME_DIGITS, _TIME_DIGITS + _DEADLINE_DIGITS)
-_NONCE_BYTES: Final = 6
-_SIGNED_DIGITS: Final = _TIME_DIGITS + _DEADLINE_DIGITS + 2 * _NONCE_BYTES
-_SIGNATURE_DIGITS: Final = 12
-_ISSUED_AHEAD_S: Final = 5.0
-"""How far the clock of another router's node may be ahead."""
 
 FAULT_STATUS: Final[dict[Fault, tuple[int, int | None]]] = {
     Fault.REFUSED: (400, None),
@@ -57,55 +41,6 @@ FAULT_STATUS: Final[dict[Fault, tuple[int, int | None]]] = {
 """HTTP status and Retry-After, in seconds, of a response that had not begun."""
 
 Answer = TicketGranted | TicketRefused
-
-
-class TicketMint:
-    """Issues and checks ticket ids.
-
-    44 hex digits: issue time in ms, deadline in ms after it (0: none), nonce, signature.
-    """
-
-    def __init__(self, link_token: str, ttl_s: float) -> None:
-        self._key = hmac.digest(link_token.encode(), b"baton ticket", "sha256")
-        self._ttl_s = ttl_s
-
-    def issue(self, wall_s: float, deadline_ms: int = 0) -> TicketId:
-        """A new one, valid for the time to live."""
-        times = f"{int(wall_s * 1000):0{_TIME_DIGITS}x}{deadline_ms:0{_DEADLINE_DIGITS}x}"
-        signed = times + os.urandom(_NONCE_BYTES).hex()
-        return TicketId(signed + self._signature(signed))
-
-    def find(self, request: EngineRequest, wall_s: float, late: bool = False) -> TicketId | None:
-        """The valid ticket that a request carries in its ids. `late` accepts expired ones."""
-        for text in (request.external_req_id, request.request_id, request.session_id):
-            match = TICKET_PATTERN.search(text) if text else None
-            if match is not None and self._valid(match.group(), wall_s, late):
-                return TicketId(match.group())
-        return None
-
-    def _valid(self, ticket: str, wall_s: float, late: bool) -> bool:
-        signed, signature = ticket[:_SIGNED_DIGITS], ticket[_SIGNED_DIGITS:]
-        if not hmac.compare_digest(signature, self._signature(signed)):
-            return False
-        return late or -_ISSUED_AHEAD_S <= wall_s - _issued_s(ticket) <= self._ttl_s
-
-    def _signature(self, signed: str) -> str:
-        # Keyed BLAKE2 is a MAC by itself, and takes a tenth of the time of an HMAC.
-        return hashlib.blake2b(
-            signed.encode(), key=self._key, digest_size=_SIGNATURE_DIGITS // 2
-        ).hexdigest()
-
-
-def left_s(ticket: TicketId | None, wall_s: float) -> float | None:
-    """Time until the deadline of a valid ticket, negative once it has passed; None without one."""
-    deadline_ms = int(ticket[_DEADLINE_AT], 16) if ticket is not None else 0
-    if ticket is None or not deadline_ms:
-        return None
-    return _issued_s(ticket) + deadline_ms / 1000 - wall_s
-
-
-def _issued_s(ticket: str) -> float:
-    return int(ticket[:_TIME_DIGITS], 16) / 1000
 
 
 def parse_question(line: str) -> tuple[str, str, Mapping[str, str]] | None:
@@ -126,19 +61,19 @@ def answer(
         return TicketRefused(500, None, "The edge's question can't be read.")
     method, path, fields = question
     try:
-        deadline_ms = _milliseconds(fields, "X-Baton-Deadline-Ms") or 0
-        terms = _terms(fields)
+        deadline_ms = _milliseconds(fields, "X-Baton-Deadline-Ms")
+        terms = _terms(fields, mint.tenant(_shown_key(fields)))
     except ValueError as error:
         return TicketRefused(400, None, str(error))
-    return decide(TicketAsked(mint.issue(wall_s, deadline_ms), method, path, terms))
+    return decide(TicketAsked(mint.issue(wall_s, terms, deadline_ms), method, path, terms))
 
 
-def _terms(fields: Mapping[str, str]) -> Terms:
+def _terms(fields: Mapping[str, str], tenant: str) -> Terms:
     ttft_ms = _milliseconds(fields, "X-Baton-TTFT-Ms")
     itl_ms = _milliseconds(fields, "X-Baton-ITL-Ms")
     return Terms(
         body_bytes=_body_bytes(fields),
-        tenant=_tenant(fields),
+        tenant=tenant,
         priority=_priority(fields),
         ttft_slo_s=None if ttft_ms is None else ttft_ms / 1000,
         tpot_slo_s=None if itl_ms is None else itl_ms / 1000,
@@ -170,10 +105,13 @@ def _body_bytes(fields: Mapping[str, str]) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def _tenant(fields: Mapping[str, str]) -> str:
-    """Who asks, by the key that it shows; the key itself is kept nowhere."""
-    shown = fields.get("authorization", "").encode()
-    return hashlib.blake2b(shown, digest_size=_TENANT_BYTES).hexdigest() if shown else ""
+def _shown_key(fields: Mapping[str, str]) -> str:
+    """The API key: OpenAI's clients show it as a bearer's, Anthropic's as it is."""
+    shown = fields.get("authorization", "").strip()
+    scheme, _, key = shown.partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return shown or fields.get("x-api-key", "").strip()
 
 
 def reason_line(story: TicketStory | None) -> bytes:

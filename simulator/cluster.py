@@ -38,7 +38,7 @@ from router.core.moves import CoreSettings
 from router.core.placement import Placement
 from router.core.router import RouterCore
 from simulator.traces import BLOCK_TOKENS, TracedRequest
-from simulator.worker import Asked, SimulatedWorker
+from simulator.worker import INCARNATION, Asked, SimulatedWorker
 
 TICK_S: Final = 0.5
 _PATH: Final = "/v1/completions"
@@ -126,7 +126,10 @@ class Cluster:
             act(self.now_s)
 
     def _start(self) -> None:
-        facts = tuple(MemberFacts(each.id, each.role, False) for each in self.workers.values())
+        facts = tuple(
+            MemberFacts(each.id, each.role, False, INCARNATION, "")
+            for each in self.workers.values()
+        )
         self._feed(MembershipChanged(facts))
         self._feed(SnapshotTaken(()))
         for worker in self.workers.values():

@@ -9,12 +9,14 @@ real engine frees handed-off blocks when NIXL notifies it that they were read; h
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from engine.base import EngineInfo, EngineStep
 from engine.latency_model import StepTimes
 from engine.simulated.core import SimulatedCore
 from engine.simulated.scheduler import SimulatedLimits
 from engine.spec import WorkerSpec
+from engine.weights import weights_digest
 from protos.enginecore import ENGINE_TAG, EngineRequest, ReadyResponse, encode
 from protos.errors import EngineError
 
@@ -25,6 +27,7 @@ class SimulatedEngine:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._limits = _limits(spec)
+        self._model = Path(spec.model)
         self._core = SimulatedCore(self._limits, StepTimes(spec.simulated))
         self._changed = asyncio.Event()
         self._step_end_s: float | None = None
@@ -33,13 +36,14 @@ class SimulatedEngine:
         self._stopped = False
 
     async def start(self) -> EngineInfo:
-        """There is nothing to load."""
+        """There is nothing to load; the model's files only name what it would be."""
         return EngineInfo(
             engine_tag=ENGINE_TAG,
             block_size_tokens=self._limits.block_size_tokens,
             kv_blocks_total=self._limits.kv_blocks,
             max_model_len_tokens=self._limits.max_model_len_tokens,
             ready_payload=encode(_ready_response(self._limits)),
+            weights=weights_digest(self._model, {"engine": "simulated"}),
         )
 
     def add(self, request: EngineRequest) -> None:

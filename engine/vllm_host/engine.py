@@ -99,13 +99,15 @@ class VllmEngine:
             ) from None
         finally:
             handshake.close(linger=0)
+        model = launch.load_model(self._launch_path)
         return EngineInfo(
             engine_tag=enginecore.ENGINE_TAG,
             block_size_tokens=ready.block_size,
             kv_blocks_total=ready.num_gpu_blocks,
             max_model_len_tokens=ready.max_model_len,
             ready_payload=enginecore.encode(ready),
-            vocabulary_tokens=launch.load_model(self._launch_path).vocabulary_tokens,
+            weights=model.weights,
+            vocabulary_tokens=model.vocabulary_tokens,
         )
 
     def add(self, request: EngineRequest) -> None:

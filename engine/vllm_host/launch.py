@@ -31,6 +31,8 @@ class Model(Struct, frozen=True, kw_only=True):
     """What the engine process finds in the model's configuration and its READY does not say."""
 
     vocabulary_tokens: int
+    weights: str
+    """Their digest (`engine.weights`)."""
 
 
 def save(path: Path, launch: Launch) -> None:

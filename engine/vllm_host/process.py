@@ -12,9 +12,13 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from engine.vllm_host.launch import Model, load, save_model
+from engine.vllm_host.launch import Launch, Model, load, save_model
+from engine.weights import weights_digest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 _PR_SET_PDEATHSIG = 1
 _THREAD_DIED_STATUS = 70
@@ -57,7 +61,12 @@ def run(launch_path: Path) -> None:
     config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
     scheduler = BatonAsyncScheduler if config.scheduler_config.async_scheduling else BatonScheduler
     config.scheduler_config.scheduler_cls = scheduler
-    save_model(launch_path, Model(vocabulary_tokens=config.model_config.get_vocab_size()))
+    weights = weights_digest(Path(launch.engine_args["model"]), _loaded_as(launch, config))
+    config.kv_transfer_config.kv_connector_extra_config["weights"] = weights
+    save_model(
+        launch_path,
+        Model(vocabulary_tokens=config.model_config.get_vocab_size(), weights=weights),
+    )
     EngineCoreProc.run_engine_core(
         vllm_config=config,
         local_client=True,
@@ -65,6 +74,19 @@ def run(launch_path: Path) -> None:
         executor_class=Executor.get_class(config),
         log_stats=True,
     )
+
+
+def _loaded_as(launch: Launch, config: VllmConfig) -> dict[str, object]:
+    """What decides, besides the model's files, what the engine computes."""
+    model = config.model_config
+    return {
+        "engine": "vllm",
+        "dtype": str(model.dtype),
+        "kv_cache_dtype": str(config.cache_config.cache_dtype),
+        "quantization": model.quantization,
+        "hf_overrides": launch.engine_args.get("hf_overrides"),
+        "made_up_from": model.seed if config.load_config.load_format == "dummy" else None,
+    }
 
 
 def _typed(engine_args: dict[str, Any]) -> dict[str, Any]:

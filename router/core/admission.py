@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvstore.content import block_addresses, root_address
+from kvstore.content import block_addresses, root_address, tenant_salt
 from protos.enginecore import EngineRequest, encode, strip_internal_arguments
 from router.core.events import Demand, Shape
 
@@ -19,14 +19,21 @@ DEFAULT_MAX_TOKENS = 16
 class CachedAs(NamedTuple):
     """What names the contents of prefix caches, besides a request's own tokens and salt."""
 
-    model: str
+    weights: str
+    """Digest of those that are served."""
     block_tokens: int
     """What one address stands for."""
 
 
-def read(request: EngineRequest, cached_as: CachedAs) -> Demand:
-    """Take a front's request over: it is changed, and then as engines will get it."""
+def read(request: EngineRequest, cached_as: CachedAs, tenant: str | None = None) -> Demand:
+    """Take a front's request over: it is changed, and then as engines will get it.
+
+    `tenant` is given where tenants share no cached prefixes. Its salt goes to the engine too, so
+    neither its prefix cache nor our index knows another's prompts.
+    """
     removed = take_over(request)
+    if tenant is not None:
+        request.cache_salt = tenant_salt(tenant, request.cache_salt or "")
     refusal = _refusal(request)
     addresses = _addresses(request, cached_as) if refusal is None else []
     shape = _shape(request, addresses)
@@ -71,8 +78,8 @@ def take_over(request: EngineRequest) -> list[str]:
 
 def _addresses(request: EngineRequest, cached_as: CachedAs) -> list[bytes]:
     """Of the prompt's whole blocks. Adapters, which would be named by them too, are refused."""
-    model, block_tokens = cached_as
-    root = root_address(model, "", request.cache_salt or "", block_tokens)
+    weights, block_tokens = cached_as
+    root = root_address(weights, "", request.cache_salt or "", block_tokens)
     try:
         return block_addresses(root, request.prompt_token_ids or (), block_tokens)
     except OverflowError:

@@ -162,6 +162,8 @@ class RequestArrived:
     ticket: TicketId | None
     deadline_s: float | None = None
     """On the core's clock."""
+    terms: Terms = NO_TERMS
+    """What its ticket says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,8 @@ class RequestRecovered:
     given_tokens: int
     deadline_s: float | None = None
     """On the core's clock."""
+    terms: Terms = NO_TERMS
+    """What its ticket says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +298,9 @@ class MemberFacts:
     worker: WorkerId
     role: Role
     draining: bool
+    incarnation: Incarnation
+    weights: str
+    """Digest of what it computes with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,8 @@ class Request:
     current: Engagement | None = None
     source: Engagement | None = None
     """The attempt that was handed off and whose blocks may not have been fetched yet."""
+    weights: str = ""
+    """Digest of those that its tokens were made with."""
     manifest: bytes = b""
     """What `source` answered with."""
     engagements: list[Engagement] = field(default_factory=list)

@@ -24,6 +24,7 @@ from router.core.placement import Decision, Placement, View
 from router.core.records import AttemptRecord, TicketStory
 from router.core.workers import Reservation, Worker, WorkerPool
 
+_OTHER_WEIGHTS: Final = "The weights that it began with are not served any more."
 MAX_DEATHS: Final = 2
 """A request that was on this many workers as they died is not given another."""
 
@@ -109,6 +110,9 @@ class Moves:
             return True
         shape = request.shape
         if request.position:
+            if request.weights != self.pool.weights:
+                self.fail(now_s, request, Fault.WORKER_LOST, _OTHER_WEIGHTS)
+                return True
             fetchable = bool(request.manifest)
             shape = replace(shape, output_tokens=request.position, fetchable=fetchable)
         decision = self._placement.place(now_s, self._view, request.key, shape)
@@ -184,6 +188,7 @@ class Moves:
         with_manifest: bool = False,
     ) -> Attempt:
         attempt = request.next_attempt()
+        request.weights = worker.weights
         request.current = request.engage(attempt, worker)
         request.record.attempts.append(
             AttemptRecord(attempt, worker.id, worker.role, now_s, injected_tokens, with_manifest)

@@ -16,7 +16,7 @@ from router.core.events import NO_TERMS, EdgeEnded, End, Fault, PromptUse, Terms
 from router.core.hindsight import Decided, Measured, Ratios
 from router.core.placement import Decision
 
-TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{44}(?![0-9a-f])")
+TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{38,78}(?![0-9a-f])")
 """A ticket id, within the ids that fronts make of it: `cmpl-TICKET-0`, `chatcmpl-TICKET`."""
 
 
@@ -185,6 +185,8 @@ class TicketStory:
             "method": self.method,
             "path": self.path,
             "priority": self.terms.priority,
+            "ttft_slo_s": self.terms.ttft_slo_s,
+            "tpot_slo_s": self.terms.tpot_slo_s,
             "edge": {
                 "status": self.edge_end.status if self.edge_end else "",
                 "termination": self.edge_end.termination if self.edge_end else "",
@@ -205,12 +207,13 @@ class RecordBook:
         if asked.path not in WITHOUT_ENGINE:
             self._add(TicketStory(asked.ticket, now_s, asked.method, asked.path, asked.terms))
 
-    def add(self, ticket: TicketId | None, record: Record) -> TicketStory:
-        """A request came with this ticket, or without a valid one."""
+    def add(self, ticket: TicketId | None, record: Record, terms: Terms) -> TicketStory:
+        """A request came with this ticket, or without a valid one. The terms count if the ticket
+        was given by a former router."""
         name = ticket or str(record.key)
         story = self._stories.get(name)
         if story is None:
-            story = TicketStory(name, record.arrived_s)
+            story = TicketStory(name, record.arrived_s, terms=terms)
             self._add(story)
         story.requests.append(record)
         return story

@@ -97,6 +97,7 @@ class Recovery:
         request.attempts_made = max(request.attempts_made, newest + ATTEMPTS_APART)
         if chain:
             request.unknown_tokens = request.position = chain[0].first_position
+            request.weights = chain[0].worker.weights
             self._go_on(now_s, request, chain)
         elif request.delivered == 0:
             self._moves.place_again(now_s, request, "no worker holds it")

@@ -104,6 +104,9 @@ class RouterCore:
             reasons.append("no decode worker is up")
         if self.settings.expect_prefill and not self.pool.usable(Role.PREFILL):
             reasons.append("no prefill worker is up")
+        others = self.pool.members_of_other_weights
+        if reasons and others:
+            reasons.append(f"{', '.join(others)}: other weights than those served")
         return reasons
 
     # Requests
@@ -126,7 +129,7 @@ class RouterCore:
             deadline_s=event.deadline_s, stripped_arguments=demand.stripped_arguments,
         )  # fmt: skip
         record.note(now_s, "arrived")
-        story = self.book.add(event.ticket, record)
+        story = self.book.add(event.ticket, record, event.terms)
         terms = story.terms
         shape = replace(
             shape, kind=kind_of(terms, story.path), ttft_slo_s=terms.ttft_slo_s,

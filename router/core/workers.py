@@ -29,6 +29,10 @@ class Worker:
     attached: bool = True
     """The link stands. Only then is anything sent."""
     draining: bool = False
+    weights: str = ""
+    """Digest of what it computes with."""
+    weights_served: bool = True
+    """They are those that this router serves."""
     load: EngineLoad = field(default_factory=EngineLoad)
     live: dict[tuple[RequestKey, Attempt], None] = field(default_factory=dict)
     """Attempts that run here or whose blocks wait here to be fetched."""
@@ -40,7 +44,8 @@ class Worker:
     @property
     def usable(self) -> bool:
         """May be given new work."""
-        return self.attached and not self.draining and self.engine_tag == ENGINE_TAG
+        speaks = self.engine_tag == ENGINE_TAG
+        return self.attached and not self.draining and speaks and self.weights_served
 
     @property
     def state(self) -> str:
@@ -49,6 +54,8 @@ class Worker:
             return "unreachable"
         if self.engine_tag != ENGINE_TAG:
             return f"unusable: speaks {self.engine_tag}, this router {ENGINE_TAG}"
+        if not self.weights_served:
+            return f"unusable: has the weights {self.weights}, others are served"
         return "draining" if self.draining else "serving"
 
 
@@ -78,6 +85,9 @@ class WorkerPool:
     def __init__(self) -> None:
         self._workers: dict[WorkerId, Worker] = {}
         self._facts: dict[WorkerId, MemberFacts] = {}
+        self.weights = ""
+        """Digest of those that are served: the oldest member's of those that do not drain. So all
+        routers serve the same, and go over to others once nobody is left who has these."""
         self._usable: dict[Role, tuple[Worker, ...]] = {}
         self._heard_of: set[WorkerId] = set()
         self._choose_usable()
@@ -97,6 +107,11 @@ class WorkerPool:
     def usable(self, role: Role) -> tuple[Worker, ...]:
         """Who may be given new work, ordered by id."""
         return self._usable[role]
+
+    @property
+    def members_of_other_weights(self) -> list[WorkerId]:
+        """Who is given no work for it."""
+        return [each.worker for each in self._facts.values() if each.weights != self.weights]
 
     @property
     def any_usable(self) -> bool:
@@ -150,8 +165,13 @@ class WorkerPool:
         self._heard_of.add(worker)
 
     def change_members(self, members: tuple[MemberFacts, ...]) -> None:
-        """Take over roles and who drains."""
+        """Take over roles, who drains, and who has which weights."""
         self._facts = {member.worker: member for member in members}
+        oldest = min(
+            members, key=lambda member: (member.draining, member.incarnation), default=None
+        )
+        if oldest is not None:
+            self.weights = oldest.weights
         for worker in self:
             self._apply_facts(worker)
         self._choose_usable()
@@ -161,6 +181,8 @@ class WorkerPool:
         if facts is not None:
             worker.role = facts.role
             worker.draining = facts.draining
+            worker.weights = facts.weights
+            worker.weights_served = facts.weights == self.weights
 
     def _choose_usable(self) -> None:
         ordered = sorted((w for w in self if w.usable), key=lambda worker: worker.id)

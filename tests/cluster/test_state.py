@@ -32,6 +32,7 @@ def make_address(name: str, incarnation: int = 1) -> WorkerAddress:
         node="here",
         pid=1,
         engine_pid=None,
+        weights="",
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.content import ADDRESS_BYTES, block_addresses, root_address
+from kvstore.content import ADDRESS_BYTES, block_addresses, root_address, tenant_salt
 
 ROOT = root_address("model", "", "", 4)
 tokens = st.lists(st.integers(0, 3), max_size=20)
@@ -48,6 +48,16 @@ def test_all_that_the_kv_depends_on_changes_the_address() -> None:
     assert len(set(roots)) == len(roots)
     firsts = {block_addresses(root, [1, 2, 3, 4, 5, 6, 7, 8], 4)[0] for root in roots}
     assert len(firsts) == len(roots)
+
+
+@given(*[st.text(max_size=3)] * 4)
+def test_no_tenant_can_make_anothers_salt(one: str, ones: str, other: str, others: str) -> None:
+    same = tenant_salt(one, ones) == tenant_salt(other, others)
+    assert same == ((one, ones) == (other, others))
+
+
+def test_knowing_a_tenants_salt_does_not_help() -> None:
+    assert tenant_salt("other", tenant_salt("one", "")) != tenant_salt("one", "")
 
 
 def test_an_id_that_is_none_is_refused() -> None:

@@ -416,8 +416,10 @@ def test_the_cluster_tells_its_pools(cluster: BatonServe, tiny_model: Path) -> N
 def test_each_worker_tells_where_it_runs_and_how_loaded_it_is(cluster: BatonServe) -> None:
     workers = cluster.workers()
     assert sorted(worker["role"] for worker in workers) == ["decode", "prefill"]
+    assert len({worker["weights"] for worker in workers}) == 1
     for worker in workers:
         assert worker["state"] == "ready"
+        assert worker["seen_by_router"] == "serving"
         assert worker["node"]
         engine = psutil.Process(worker["engine_pid"])
         assert engine.ppid() == worker["pid"]

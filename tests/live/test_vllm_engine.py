@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -35,12 +36,16 @@ LEASE_S = 6.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engines(tiny_model: Path) -> AsyncIterator[tuple[Driver, Driver]]:
-    """Two at once: most of a start is one core's work."""
+async def engines(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Driver, Driver]]:
+    """Two at once: most of a start is one core's work. The model lies at two places, as it may on
+    two nodes."""
+    elsewhere = shutil.copytree(tiny_model, tmp_path_factory.mktemp("elsewhere") / "model")
     async with asyncio.timeout(240):
         stack = [
-            driven(lambda name=name: make_vllm(tiny_model, name, lease_s=LEASE_S))  # type: ignore[misc]
-            for name in ("engine-a", "engine-b")
+            driven(lambda model=model, name=name: make_vllm(model, name, lease_s=LEASE_S))  # type: ignore[misc]
+            for model, name in ((tiny_model, "engine-a"), (elsewhere, "engine-b"))
         ]
         drivers = await asyncio.gather(*(context.__aenter__() for context in stack))
     yield drivers[0], drivers[1]
@@ -155,6 +160,27 @@ async def test_bytes_moved_are_those_of_the_prompts_blocks(engine: Driver, other
         moved = other.counters["vllm:nixl_bytes_transferred_sum"] - before
         wanted = kv_bytes_per_token * prompt_tokens
         assert wanted <= moved < wanted + kv_bytes_per_token * block_tokens
+
+
+@pytest.mark.slow
+async def test_state_of_other_weights_is_not_fetched(engine: Driver, tiny_model: Path) -> None:
+    """Nor would vLLM's own check have noticed: path, shapes and types are the same."""
+    async with driven(
+        lambda: make_vllm(tiny_model, "engine-e", hf_overrides={"rms_norm_eps": 0.01})
+    ) as stranger:
+        assert stranger.info.weights != engine.info.weights
+        request = make_request(new_id(), make_prompt(300), max_tokens=4, ignore_eos=True)
+        prompt = request.prompt_token_ids
+        assert prompt is not None
+        hand_off_after_first_token(request)
+        handed = await engine.run(request)
+        assert handed.kv_transfer_params is not None
+        resumed = make_request(new_id(), prompt, max_tokens=4, ignore_eos=True)
+        resume_from(resumed, handed.tokens, encode_manifest(handed.kv_transfer_params))
+        await stranger.run(resumed)
+        assert stranger.counters["vllm:nixl_bytes_transferred_sum"] == 0
+        whole = await stranger.generate(prompt, max_tokens=4, ignore_eos=True)
+        assert len(whole.tokens) == 4
 
 
 async def test_an_address_stands_for_several_small_blocks(tiny_model: Path) -> None:

@@ -24,8 +24,8 @@ from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
 from protos import anchor_link, enginecore, membership
 from protos.enginecore import EngineRequest
-from router.settings import JointSettings, RouterSettings, UnitPaths, save
-from router.tickets import TicketMint
+from router.settings import JointSettings, RouterSettings, SharePrefixes, UnitPaths, save
+from router.ticket_mint import TicketMint
 from router.unit.anchor.relay import Relay
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +133,7 @@ class Unit:
     def __init__(
         self, directory: Path, local_prefill_max_tokens: int = 0,
         record_events: Path | None = None, joint: JointSettings | None = None,
+        share_prefixes: SharePrefixes = "cluster",
     ) -> None:  # fmt: skip
         self.paths = UnitPaths(directory)
         settings = RouterSettings(
@@ -142,8 +143,8 @@ class Unit:
             joint=joint,
             local_prefill_max_tokens=local_prefill_max_tokens,
             served_model_names=["tiny"],
-            model="none",
             index_block_tokens=128,
+            share_prefixes=share_prefixes,
             record_events=None if record_events is None else str(record_events),
         )
         save(self.paths.router_settings, settings)
@@ -169,19 +170,22 @@ class Unit:
         command = [sys.executable, "-m", "router.process", str(self.paths.directory)]
         self.router = subprocess.Popen(command, cwd=ROOT)
 
-    def start_worker(self, name: str, step_s: float = STEP_S) -> None:
+    def start_worker(self, name: str, step_s: float = STEP_S, model: str = "none") -> None:
         role = "prefill" if name.startswith("p") else "decode"
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.router.worker_process", name, role, TOKEN, str(step_s)],
+            [
+                *(sys.executable, "-m", "tests.router.worker_process"),
+                *(name, role, TOKEN, str(step_s), model),
+            ],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
         )
         assert process.stdout is not None
-        port, incarnation = process.stdout.readline().split()
+        port, incarnation, weights = process.stdout.readline().split()
         self.workers[name] = process
         self._members[name] = membership.Member(
-            name, int(incarnation), role, f"127.0.0.1:{port}", "here", process.pid
+            name, int(incarnation), role, f"127.0.0.1:{port}", "here", process.pid, weights
         )
 
     def move_worker(self, name: str, port: int) -> int:

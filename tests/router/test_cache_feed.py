@@ -28,10 +28,9 @@ from router.worker_links import WorkerLinks
 
 TOKEN = "a token of the tests"
 WORKER = WorkerId("d0")
-MODEL = "the model"
 SETTINGS = RouterSettings(
     router_id="r", link_token=TOKEN, expect_prefill=False, joint=None, local_prefill_max_tokens=0,
-    served_model_names=["m"], model=MODEL, index_block_tokens=128, worker_reconnect_s=0.2,
+    served_model_names=["m"], index_block_tokens=128, worker_reconnect_s=0.2,
 )  # fmt: skip
 
 
@@ -40,7 +39,7 @@ class Worker:
 
     def __init__(self) -> None:
         spec = WorkerSpec(
-            WORKER, "decode", "simulated", MODEL, "/nonexistent", TOKEN,
+            WORKER, "decode", "simulated", "none", "/nonexistent", TOKEN,
             engine_args={
                 "block_size": 16, "num_gpu_blocks_override": 160, "max_model_len": 2048
             },
@@ -68,9 +67,11 @@ class Router:
         self.reports = 0
         self._asked = 0
         self._links = WorkerLinks(SETTINGS, 1, self, lambda task: None, LinkBytes())
+        self.cached_as = admission.CachedAs(worker.service.weights, 128)
         member = Member(
-            WORKER, worker.service.incarnation, "decode", f"127.0.0.1:{worker.port}", "here", 1
-        )
+            WORKER, worker.service.incarnation, "decode", f"127.0.0.1:{worker.port}", "here", 1,
+            worker.service.weights,
+        )  # fmt: skip
         self._links.update(Membership(1, [member], []))
 
     def feed(self, event: Event) -> None:
@@ -91,7 +92,7 @@ class Router:
         self._asked += 1
         name = f"request-{self._asked}"
         request = EngineRequest(name, prompt, None, {"max_tokens": 1}, None, 0.0, None, salt, None)
-        demand = admission.read(request, admission.CachedAs(MODEL, 128))
+        demand = admission.read(request, self.cached_as)
         key = RequestKey(f"0:{name}")
         self._links.send(Submit(WORKER, key, Attempt(1), demand.payload))
         return list(demand.shape.addresses)
@@ -132,7 +133,8 @@ async def router(worker: Worker) -> AsyncIterator[Router]:
 async def test_what_a_worker_computes_and_evicts_shows(router: Router) -> None:
     prompt = list(range(5 * 128 + 100))
     addresses = router.run(prompt)
-    assert addresses == block_addresses(root_address(MODEL, "", "", 128), prompt, 128)
+    root = root_address(router.cached_as.weights, "", "", 128)
+    assert addresses == block_addresses(root, prompt, 128)
     await until(lambda: router.matches(addresses) == 5)
     counts = router.core.moves.counts
     assert (counts.cache_snapshots, counts.cache_gaps) == (1, 0)

@@ -17,7 +17,9 @@ import msgspec
 import pytest
 
 from protos import enginecore
-from router.tickets import TicketMint
+from protos.enginecore import EngineRequest
+from router.settings import SharePrefixes
+from router.ticket_mint import TicketMint
 from tests.router.running_router import ROOT, TOKEN, Unit, expected, loaded_libraries, until
 
 
@@ -133,6 +135,76 @@ async def test_health_metrics_and_workers(unit: Unit) -> None:
     await asyncio.sleep(0.5)
     status, health = await unit.get("/health")
     assert (status, health["reasons"]) == (503, ["no prefill worker is up"])
+
+
+async def test_workers_with_other_weights_wait_for_the_end_of_those_served(
+    unit: Unit, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for worker in ("p1", "d1"):
+        unit.start_worker(worker, model=str(model))
+    unit.tell_members()
+    await unit.sees(4)
+
+    async def states() -> dict[str, str]:
+        _, answer = await unit.get("/workers")
+        return {worker["id"]: worker["state"].partition(":")[0] for worker in answer["workers"]}
+
+    async def used_by(request: EngineRequest) -> set[str]:
+        await unit.anchor.ask(request).whole()
+        _, answer = await unit.get(f"/requests/{request.external_req_id}")
+        return {each["worker"] for each in answer["requests"][0]["attempts"]}
+
+    assert await states() == {
+        "p0": "serving", "d0": "serving", "p1": "unusable", "d1": "unusable",
+    }  # fmt: skip
+    for _ in range(4):
+        assert await used_by(unit.request(300)) == {"p0", "d0"}
+    for worker in ("p0", "d0"):
+        unit.bury_worker(worker, "redeployed")
+    await unit.sees(2)
+    assert await states() == {"p1": "serving", "d1": "serving"}
+    assert await used_by(unit.request(300)) == {"p1", "d1"}
+
+
+@pytest.mark.parametrize("share_prefixes", ["cluster", "tenant"])
+async def test_tenants_share_prefixes_if_they_may(
+    tmp_path: Path, share_prefixes: SharePrefixes
+) -> None:
+    """Also with a router that did not give the ticket."""
+    unit = Unit(tmp_path, local_prefill_max_tokens=2048, share_prefixes=share_prefixes)
+    try:
+        await unit.start("d0", "p0")
+        prompt = list(range(300))
+
+        async def cached(key: str, salt: str | None = None, outlives_router: bool = False) -> int:
+            question = f"v1\tPOST\t/v1/completions\tauthorization=Bearer {key}\n"
+            request = unit.request(1, (await ask_ticket(unit, question)).split()[1], max_tokens=2)
+            request.prompt_token_ids, request.cache_salt = prompt, salt
+            if outlives_router:
+                before = unit.anchor.hellos
+                unit.kill_router()
+                unit.start_router()
+                await unit.anchor.greeted(before + 1)
+                await unit.healthy()
+            await unit.anchor.ask(request).whole()
+            _, answer = await unit.get(f"/requests/{request.external_req_id}")
+            tokens: int = answer["requests"][0]["actual"]["prompt"]["cached_tokens"]
+            return tokens
+
+        shared = 288 if share_prefixes == "cluster" else 0  # Of blocks of 16 tokens.
+        assert await cached("one") == 0
+        assert await cached("one") == 288
+        assert await cached("other") == shared
+        assert await cached("one", "secret") == 0
+        assert await cached("one", "secret") == 288
+        assert await cached("other", "secret") == shared
+        assert await cached("one", outlives_router=True) == 288
+        assert await cached("third", outlives_router=True) == shared
+    finally:
+        unit.close()
 
 
 async def indexed(unit: Unit) -> dict[str, int]:
@@ -274,6 +346,29 @@ async def test_streams_survive_the_router(unit: Unit) -> None:
     _, state = await unit.get("/state")
     assert state["under_way"] == {}
     await unit.idle()
+
+
+async def test_terms_survive_the_router(unit: Unit) -> None:
+    """Of a request under way, and of one whose ticket a former router gave."""
+    said = "authorization=Bearer one\tx-baton-priority=low\tx-baton-ttft-ms=60000"
+    question = f"v1\tPOST\t/v1/completions\t{said}\n"
+    tickets = [(await ask_ticket(unit, question)).split()[1] for _ in range(2)]
+    underway, late = (unit.request(50, ticket, max_tokens=300) for ticket in tickets)
+    streams = [unit.anchor.ask(underway)]
+    await streams[0].begun(20)
+    before = unit.anchor.hellos
+    unit.kill_router()
+    unit.start_router()
+    await unit.anchor.greeted(before + 1)
+    streams.append(unit.anchor.ask(late))
+    for request, stream in zip((underway, late), streams, strict=True):
+        assert await stream.whole() == await expected(request)
+    for ticket, recovered in zip(tickets, (True, False), strict=True):
+        _, answer = await unit.get(f"/requests/{ticket}")
+        assert (answer["priority"], answer["ttft_slo_s"], answer["tpot_slo_s"]) == (
+            "low", 60.0, None,
+        )  # fmt: skip
+        assert [each["recovered"] for each in answer["requests"]] == [recovered]
 
 
 async def test_neither_vllm_nor_torch_nor_ray_is_loaded(unit: Unit) -> None:

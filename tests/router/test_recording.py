@@ -28,7 +28,7 @@ from router.core.events import (
 )
 from router.live_core import Origin, make_core
 from router.recorder import Recorder
-from router.recording import Entry, Recording, RecordingError
+from router.recording import FORMAT, Entry, Recording, RecordingError
 from router.replay import replay
 from router.settings import JointSettings
 from tests.router.core.driving import SETTINGS, TICKET, Drive, demand, key
@@ -225,8 +225,11 @@ def message(*values: object) -> bytes:
         (b"# Baton, a text", "is no recording"),
         (message("something else", 1), "is no recording"),
         (message("baton recording"), "is no recording"),
-        (message("baton recording", 1, "r", {}), "is no recording"),
-        (message("baton recording", 99, "r", {}), "has format 99, this version of Baton reads 1"),
+        (message("baton recording", FORMAT, "r", {}), "is no recording"),
+        (
+            message("baton recording", 99, "r", {}),
+            f"has format 99, this version of Baton reads {FORMAT}",
+        ),
     ],
 )
 def test_what_is_no_recording(tmp_path: Path, content: bytes, problem: str) -> None:

@@ -28,7 +28,6 @@ def test_it_reads_what_was_written(tmp_path: Path, joint: JointSettings | None) 
         local_prefill_max_tokens=32,
         served_model_names=["tiny"],
         promised_ttft_s=2.0,
-        model="/models/tiny",
         index_block_tokens=128,
     )
     path = tmp_path / "router.json"

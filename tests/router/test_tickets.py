@@ -1,10 +1,11 @@
-"""Tickets: what they certify, and what the edge is answered."""
+"""What the edge is answered."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from protos.enginecore import EngineRequest
 from protos.ids import RequestKey, TicketId
 from router.core.events import (
     End,
@@ -16,47 +17,12 @@ from router.core.events import (
     TicketRefused,
 )
 from router.core.records import Record, TicketStory
-from router.tickets import LONGEST_DEADLINE_MS, TicketMint, answer, answer_line, left_s, reason_line
+from router.ticket_mint import LONGEST_DEADLINE_MS, TicketMint
+from router.tickets import answer, answer_line, reason_line
+from tests.router.test_ticket_mint import carrying
 
 MINT = TicketMint("secret", ttl_s=60.0)
 ISSUED_S = 1_700_000_000.25
-
-
-def carrying(ticket: str) -> EngineRequest:
-    request_id = f"cmpl-{ticket}-0a1b2c3d"
-    return EngineRequest(request_id, [1], None, {}, None, 0.0, None, None, None)
-
-
-def test_a_ticket_is_found_within_the_ids_that_fronts_make_of_it() -> None:
-    ticket = MINT.issue(ISSUED_S)
-    assert MINT.find(carrying(ticket), ISSUED_S + 1) == ticket
-    assert MINT.find(carrying(ticket[:-1] + ("1" if ticket[-1] == "0" else "0")), ISSUED_S) is None
-    assert MINT.find(carrying("f" * len(ticket)), ISSUED_S + 1) is None
-
-
-def test_a_ticket_expires_but_not_for_what_is_under_way() -> None:
-    ticket = MINT.issue(ISSUED_S)
-    assert MINT.find(carrying(ticket), ISSUED_S + 61) is None
-    assert MINT.find(carrying(ticket), ISSUED_S + 61, late=True) == ticket
-    assert MINT.find(carrying(ticket), ISSUED_S - 6) is None
-
-
-def test_another_cluster_can_not_make_tickets() -> None:
-    forged = TicketMint("another", ttl_s=60.0).issue(ISSUED_S)
-    assert MINT.find(carrying(forged), ISSUED_S) is None
-
-
-def test_a_deadline_can_not_be_moved_by_who_holds_the_ticket() -> None:
-    ticket = MINT.issue(ISSUED_S, deadline_ms=1500)
-    assert left_s(ticket, ISSUED_S + 1) == pytest.approx(0.5)
-    assert left_s(ticket, ISSUED_S + 2) == pytest.approx(-0.5)
-    later = ticket[:12] + f"{9_000_000:08x}" + ticket[20:]
-    assert MINT.find(carrying(later), ISSUED_S) is None
-
-
-def test_without_a_deadline_there_is_always_time() -> None:
-    assert left_s(MINT.issue(ISSUED_S), ISSUED_S + 1e6) is None
-    assert left_s(None, ISSUED_S) is None
 
 
 def ask(line: str) -> TicketGranted | TicketRefused:
@@ -71,7 +37,9 @@ def ask(line: str) -> TicketGranted | TicketRefused:
 def test_a_deadline_is_taken_from_the_header(deadline_ms: int) -> None:
     granted = ask(f"v1\tPOST\t/v1/completions\tx-baton-deadline-ms={deadline_ms}")
     assert isinstance(granted, TicketGranted)
-    assert left_s(granted.ticket, ISSUED_S) == pytest.approx(deadline_ms / 1000, abs=1e-5)
+    ticket = MINT.find(carrying(granted.ticket), ISSUED_S)
+    assert ticket is not None
+    assert ticket.deadline_s == pytest.approx(ISSUED_S + deadline_ms / 1000, abs=1e-5)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "soon", "", "9" * 30, "\u0661", "86400001"])
@@ -95,16 +63,27 @@ def terms_of(*fields: str) -> Terms:
 
 def test_what_headers_say_is_known_at_the_ticket() -> None:
     assert terms_of() == Terms()
-    assert terms_of(
-        "content-length=4096", "x-baton-priority=low", "x-baton-ttft-ms=1500", "x-baton-itl-ms=20"
-    ) == Terms(4096, "", Priority.LOW, 1.5, 0.02)
+    said = ("x-baton-priority=low", "x-baton-ttft-ms=1500", "x-baton-itl-ms=20")
+    assert terms_of("content-length=4096", *said) == Terms(4096, "", Priority.LOW, 1.5, 0.02)
+
+
+def test_a_ticket_carries_them_to_a_router_that_was_not_asked() -> None:
+    said = ("content-length=4096", "authorization=Bearer one", "x-baton-ttft-ms=1500")
+    granted = ask("\t".join(("v1", "POST", "/v1/completions", *said)))
+    assert isinstance(granted, TicketGranted)
+    ticket = MINT.find(carrying(granted.ticket), ISSUED_S)
+    assert ticket is not None
+    assert ticket.terms == replace(terms_of(*said), body_bytes=None)
 
 
 def test_tenants_are_told_apart_by_keys_that_are_not_kept() -> None:
     one, other = (terms_of(f"authorization=Bearer {key}").tenant for key in ("one", "other"))
-    assert one == terms_of("authorization=Bearer one").tenant
     assert one != other
     assert "one" not in one
+    for same in ("authorization=Bearer one", "authorization=bearer  one ", "x-api-key=one"):
+        assert terms_of(same).tenant == one
+    assert terms_of("authorization=Basic one").tenant not in (one, other, "")
+    assert terms_of("authorization=", "x-api-key=").tenant == terms_of().tenant == ""
 
 
 @pytest.mark.parametrize(

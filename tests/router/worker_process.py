@@ -1,4 +1,7 @@
-"""A worker without Ray: `worker_process.py ID ROLE TOKEN STEP_S`; prints port and incarnation."""
+"""A worker without Ray: `worker_process.py ID ROLE TOKEN STEP_S MODEL`.
+
+It prints its port, incarnation and weights.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,19 @@ from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
 
 
-async def serve(worker_id: str, role: str, token: str, step_s: str) -> None:
+async def serve(worker_id: str, role: str, token: str, step_s: str, model: str) -> None:
     spec = WorkerSpec(
         worker_id=worker_id,  # type: ignore[arg-type]
         role=role,  # type: ignore[arg-type]
         engine="simulated",
-        model="none",
+        model=model,
         run_directory="/nonexistent",
         link_token=token,
         engine_args={"num_gpu_blocks_override": 512, "max_model_len": 2048},
         simulated=SimulatedTiming(step_base_s=float(step_s), transfer_block_s=0.0),
     )
     service = WorkerService(spec, SimulatedEngine(spec))
-    print(await service.start(), service.incarnation, flush=True)
+    print(await service.start(), service.incarnation, service.weights, flush=True)
     await service.run()
 
 

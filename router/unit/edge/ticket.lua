@@ -20,10 +20,10 @@ local verdict = dofile(body_script)
 context_tokens, seen_bytes, idle_s = tonumber(context_tokens), tonumber(seen_bytes), tonumber(idle_s)
 
 local FIELDS = {
-  "content-length", "authorization", "idempotency-key", "x-baton-priority", "x-baton-deadline-ms",
-  "x-baton-ttft-ms", "x-baton-itl-ms",
+  "content-length", "authorization", "x-api-key", "idempotency-key", "x-baton-priority",
+  "x-baton-deadline-ms", "x-baton-ttft-ms", "x-baton-itl-ms",
 }
-local VALUE_BYTES = 1024
+local VALUE_BYTES = 16384 -- As long as all headers may be: of a key every byte tells clients apart.
 local PATIENCE_MS = 3000 -- A router that is being restarted is back before.
 local PAUSE_MS = 50
 local MOST_IDLE = 64     -- A thread keeps no more of them.

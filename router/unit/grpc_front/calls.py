@@ -13,7 +13,8 @@ import aiohttp
 import grpc
 
 from protos.inference_pb2 import GenerateRequest, GenerateResponse
-from router.tickets import DEADLINE_FIELD, LONGEST_DEADLINE_MS
+from router.ticket_mint import LONGEST_DEADLINE_MS
+from router.tickets import DEADLINE_FIELD
 from router.unit.grpc_front import errors, translate
 from router.unit.grpc_front.errors import ErrorEvent, Failure
 from router.unit.grpc_front.translate import AnswerReader
@@ -22,7 +23,8 @@ _log = logging.getLogger("grpc")
 
 SERVICE: Final = "baton.v1.Inference"
 _PASSED_ON: Final = (
-    "authorization", "idempotency-key", "x-baton-priority", "x-baton-ttft-ms", "x-baton-itl-ms",
+    "authorization", "x-api-key", "idempotency-key", "x-baton-priority", "x-baton-ttft-ms",
+    "x-baton-itl-ms",
 )  # fmt: skip
 """Metadata that are headers of the HTTP API."""
 _REQUEST_LIMIT_S: Final = 60

@@ -76,7 +76,9 @@ class Drive:
         return self.feed(Tick())
 
     def members(self, *workers: tuple[str, str] | tuple[str, str, bool]) -> list[Any]:
-        facts = [MemberFacts(WorkerId(w[0]), Role(w[1]), len(w) > 2) for w in workers]
+        facts = [
+            MemberFacts(WorkerId(w[0]), Role(w[1]), len(w) > 2, Incarnation(1), "") for w in workers
+        ]
         return self.feed(MembershipChanged(tuple(facts)))
 
     def up(

@@ -6,12 +6,24 @@ import dataclasses
 
 import pytest
 
-from router.core.events import End, Ended, Fault, Finish, RequestAborted
+from router.core.events import (
+    End,
+    Ended,
+    Fault,
+    Finish,
+    Priority,
+    RequestAborted,
+    RequestRecovered,
+    SnapshotTaken,
+    Terms,
+)
 from tests.router.core.driving import (
     SETTINGS,
+    TICKET,
     Drive,
     abort_on,
     deliver,
+    demand,
     forget,
     held,
     is_error,
@@ -247,6 +259,16 @@ def test_a_holder_that_dies_during_recovery_is_left_out() -> None:
     drive.up("p", held=[held(1, 0, 1, ended=True)])
     assert drive.dead("p") == [resend("d", 2, 1)]
     assert drive.dead("d")[0].deliveries[0].finished
+
+
+def test_a_recovered_request_keeps_its_terms() -> None:
+    drive = Drive()
+    terms = Terms(tenant="one", priority=Priority.HIGH, ttft_slo_s=3.0, tpot_slo_s=0.02)
+    drive.feed(SnapshotTaken((RequestRecovered(key(), demand("a"), TICKET, 0, None, terms),)))
+    (request,) = drive.core.moves.requests.values()
+    assert (request.waits.tenant, request.waits.due_s) == ("one", drive.now_s + 1.5)
+    assert (request.shape.ttft_slo_s, request.shape.tpot_slo_s) == (3.0, 0.02)
+    assert request.story.terms == terms
 
 
 def test_a_recovered_request_keeps_its_record() -> None:

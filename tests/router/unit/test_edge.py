@@ -110,6 +110,14 @@ def test_work_needs_a_ticket(edge: RunningEdge, path: str) -> None:
     assert int(line["total_ms"]) >= int(line["first_byte_ms"]) >= 0
 
 
+def test_keys_are_asked_with_to_their_last_byte(edge: RunningEdge) -> None:
+    """Those of one issuer may begin with the same thousands of bytes."""
+    for name in ("Authorization", "X-Api-Key"):
+        key = "k" * 8000 + "1"
+        assert edge.post(COMPLETIONS, {"prompt": "a"}, {name: key})[0] == 200
+        assert f"\t{name.lower()}={key}" in edge.questions[-1]
+
+
 def test_what_makes_no_work_needs_none(edge: RunningEdge) -> None:
     before = len(edge.questions)
     own = {"X-Request-Id": "mine", "X-Vllm-Anything": "mine"}

@@ -28,7 +28,7 @@ from protos.inference_pb2 import (
     TokenIds,
 )
 from protos.inference_pb2_grpc import InferenceStub
-from router.tickets import LONGEST_DEADLINE_MS
+from router.ticket_mint import LONGEST_DEADLINE_MS
 from router.unit.anchor.probe import ASK_EVERY_S, HANGS_S
 from tests.free_ports import free_port
 
@@ -106,6 +106,7 @@ def test_a_stream_is_exact_and_its_last_message_tells_its_end(
 def test_a_call_is_a_request_like_any_others(unit: Unit, stub: InferenceStub) -> None:
     metadata = (
         ("authorization", "Bearer secret"),
+        ("x-api-key", "another"),
         ("x-baton-priority", "low"),
         ("x-request-id", "mine"),
         ("x-vllm-priority", "1"),
@@ -116,7 +117,9 @@ def test_a_call_is_a_request_like_any_others(unit: Unit, stub: InferenceStub) ->
     assert (method, path) == ("POST", "/v1/completions")
     assert 20_000 < int(values.pop("x-baton-deadline-ms")) < 30_100
     assert int(values.pop("content-length")) > 0
-    assert values == {"authorization": "Bearer secret", "x-baton-priority": "low"}
+    assert values == {
+        "authorization": "Bearer secret", "x-api-key": "another", "x-baton-priority": "low"
+    }  # fmt: skip
     list(stub.Generate(request(1), timeout=30 * 24 * 3600))
     longest = f"x-baton-deadline-ms={LONGEST_DEADLINE_MS}"
     assert longest in unit.noted("questions")[-1].split("\t")
