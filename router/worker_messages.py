@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.base import EngineLoad
+from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
 from kvstore.content import ADDRESS_BYTES
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos import worker_pb2
@@ -36,6 +36,7 @@ def command_of(command: ToWorker) -> worker_pb2.Command:
             request_key=key, attempt=attempt, engine_tag=ENGINE_TAG,
             engine_request=command.engine_request, output_token_ids=command.output_token_ids,
             manifest=command.manifest, hand_off=command.hand_off,
+            to_compute_tokens=command.to_compute_tokens,
         )  # fmt: skip
         return worker_pb2.Command(submit=submit)
     if isinstance(command, AbortOn):
@@ -67,7 +68,7 @@ def worker_up(welcome: worker_pb2.Welcome) -> WorkerUp:
 def step_reported(
     worker: WorkerId, incarnation: Incarnation, step: worker_pb2.Step
 ) -> StepReported:
-    """What an engine's step made, and the load after it."""
+    """What an engine's step made, the load after it, and what other routers have there."""
     load = step.load
     return StepReported(
         worker,
@@ -76,7 +77,16 @@ def step_reported(
         EngineLoad(
             load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.step_time_s
         ),
+        _placed(load.others) if load.HasField("others") else NOTHING_PLACED,
     )
+
+
+def _placed(told: worker_pb2.PlacedWork) -> PlacedWork:
+    return PlacedWork(
+        told.prompts, told.prompt_tokens, told.prompt_pairs, told.computed_tokens,
+        told.computed_pairs, told.decodes, told.context_tokens, told.running,
+        told.running_context_tokens,
+    )  # fmt: skip
 
 
 def cache_changed(

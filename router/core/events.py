@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
-from engine.base import EngineLoad
+from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos.anchor_link import Deliver
 from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
@@ -270,12 +270,14 @@ class WorkerDead:
 
 
 class StepReported(Struct, frozen=True, gc=False):
-    """One engine step: its outputs for this router, and the engine's load after it."""
+    """What an engine's steps made for this router, if they made anything, and its load since."""
 
     worker: WorkerId
     incarnation: Incarnation
     outputs: Sequence[OutputReport]
     load: EngineLoad | None = None
+    others: PlacedWork = NOTHING_PLACED
+    """What other routers have there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +341,9 @@ class Submit:
     hand_off: bool = False
     fetch: PrefixFetch | None = None
     """Only where `CoreSettings.fetches_prefixes`."""
+    to_compute_tokens: int = 0
+    """Of all that it has, what no cache is expected to have; 0: its placement can't say, or another
+    worker has it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from engine.base import NOTHING_PLACED, PlacedWork
 from engine.latency_model import StepTimes
 from engine.learned_times import LearnedTimes
 from protos.ids import RequestKey, WorkerId
@@ -33,7 +34,7 @@ from router.core.candidates import Column, Shortlist
 from router.core.columns import Columns
 from router.core.costs import COMPARED, WEIGHTS, Asked, Found, Pricing, Slo, Weights
 from router.core.events import Role, Shape
-from router.core.forecast import Forecast, Part
+from router.core.forecast import Forecast, Others, Part
 from router.core.output_lengths import OutputLengths
 from router.core.placement import (
     NEVER_SPLIT,
@@ -129,14 +130,17 @@ class JointPlacement:
         if shape.fetchable and decode:
             rest = self._least(Role.DECODE, columns, last, pricing.decode(ask, there), kept)
             self._count(ask, there, key, shape, rest, None, computed=False)
-            return _decision(Reason.RESUME, shape, rest, None, kept)
+            return _decision(Reason.RESUME, shape, rest, None, kept, to_compute_tokens=0)
         best = self._best(ask, view, shape, there, kept)
         # What can't be split must not stand before others while workers of the other pool are idle.
         able = slice(None) if best.reason in NEVER_SPLIT else best.computing
         if not shape.output_tokens and pricing.all_busy(there, able, self._slo.ttft_s):
             return None
         self._count(ask, there, key, shape, best.chosen, best.first, computed=True)
-        return _decision(best.reason, shape, best.chosen, best.first, kept)
+        to_compute_tokens = ask.tokens - int(there.cached[(best.first or best.chosen).at])
+        return _decision(
+            best.reason, shape, best.chosen, best.first, kept, to_compute_tokens=to_compute_tokens
+        )
 
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
         """By the worker, or the two, that it would go to now."""
@@ -200,15 +204,40 @@ class JointPlacement:
             self._has_come(now_s, part)
 
     def stepped(self, now_s: float, worker: Worker) -> None:
-        """A step of decodes alone tells how long those take."""
+        """A step of decodes alone tells how long those take; and what others have there is told."""
         forecast = self.forecasts.get(worker.id)
-        if forecast is None or not forecast.running or forecast.prefills:
+        if worker.others != (NOTHING_PLACED if forecast is None else forecast.others.placed):
+            self._hear(now_s, worker.id, worker.others)
+        if forecast is None:
             return
-        # What other routers put there is taken to be like what this one did.
-        running = max(forecast.running, worker.load.running)
-        context_tokens = forecast.running_context_tokens * running / forecast.running
+        there = forecast.figures()
+        if there.waiting or not there.running:
+            return
+        # What runs there before it is told of is taken to be like the rest.
+        running = max(there.running, worker.load.running)
+        context_tokens = there.running_context_tokens * running / there.running
         profiled_s = self._pricing.profiled_step_s(running, context_tokens)
         self.learned.step.observe(worker.load.step_time_s, profiled_s)
+
+    def _hear(self, now_s: float, worker: WorkerId, placed: PlacedWork) -> None:
+        self._forecast(worker)
+        forecast = self._change(worker)
+        before, there = forecast.others.placed, forecast.figures()
+        running, context_tokens = there.running, there.running_context_tokens
+
+        def takes_s(tokens: int, pairs: int) -> float:
+            return self._pricing.prompts_s(tokens, pairs, running, context_tokens)
+
+        waiting_s = takes_s(placed.prompt_tokens, placed.prompt_pairs)
+        # What came is what there is more of, beside what is over.
+        added_s = takes_s(
+            placed.prompt_tokens + placed.computed_tokens
+            - before.prompt_tokens - before.computed_tokens,
+            placed.prompt_pairs + placed.computed_pairs
+            - before.prompt_pairs - before.computed_pairs,
+        )  # fmt: skip
+        window_s = self._weights.share_window_s
+        forecast.hear(now_s, Others(placed, waiting_s), max(0.0, added_s), window_s)
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
@@ -250,7 +279,8 @@ class JointPlacement:
         forecast.has_come(part)
         if not part.fetched_blocks:
             return
-        step_s = self._pricing.step_s(forecast.running, forecast.running_context_tokens)
+        there = forecast.figures()
+        step_s = self._pricing.step_s(there.running, there.running_context_tokens)
         profiled_s = self._pricing.profiled_transfer_s(part.fetched_blocks, step_s)
         known = profiled_s / (profiled_s + step_s)
         self.learned.transfer.observe(now_s - part.placed_s - step_s, profiled_s, known)
@@ -358,11 +388,12 @@ class JointPlacement:
 
 
 def _decision(
-    reason: Reason, shape: Shape, chosen: _Choice, first: _Choice | None, kept: Shortlist
-) -> Decision:
+    reason: Reason, shape: Shape, chosen: _Choice, first: _Choice | None, kept: Shortlist,
+    to_compute_tokens: int,
+) -> Decision:  # fmt: skip
     ttft_s = (first or chosen).numbers[_TTFT]
     return Decision(
         reason, shape.prompt_tokens, chosen.worker, first.worker if first else None, COMPARED,
         kept, predicted=Predicted(None if shape.output_tokens else ttft_s, chosen.numbers[_TPOT]),
-        left_out=kept.left_out,
+        left_out=kept.left_out, to_compute_tokens=to_compute_tokens,
     )  # fmt: skip

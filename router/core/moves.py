@@ -137,7 +137,7 @@ class Moves:
         if request.position:
             assert worker is not None, "one that goes on needs a worker"
             assert decision.fetch is None, "one that goes on has a manifest, or computes its prompt"
-            self._resume_on(now_s, request, worker)
+            self._resume_on(now_s, request, worker, decision.to_compute_tokens)
             return
         fetch = decision.fetch
         assert fetch is None or self._settings.fetches_prefixes, (
@@ -150,8 +150,11 @@ class Moves:
         request.reserve_prefill(first)
         attempt = self._start(now_s, request, first, trigger)
         self.outbox.note(
-            Submit(first.id, request.key, attempt, request.payload, hand_off=hand_off, fetch=fetch)
-        )
+            Submit(
+                first.id, request.key, attempt, request.payload, hand_off=hand_off, fetch=fetch,
+                to_compute_tokens=decision.to_compute_tokens,
+            )
+        )  # fmt: skip
 
     def _chosen(self, worker_id: WorkerId | None) -> Worker | None:
         if worker_id is None:
@@ -160,7 +163,9 @@ class Moves:
         assert worker is not None, f"the policy chose {worker_id}, which is not there"
         return worker
 
-    def _resume_on(self, now_s: float, request: Request, worker: Worker) -> None:
+    def _resume_on(
+        self, now_s: float, request: Request, worker: Worker, to_compute_tokens: int = 0
+    ) -> None:
         """Submit the tokens so far, and where the prompt's blocks are if another has them."""
         assert not request.unknown_tokens, "tokens that are not known can't be injected"
         source = request.source
@@ -172,7 +177,12 @@ class Moves:
         attempt = self._start(
             now_s, request, worker, Trigger.RESUME_SUBMITTED, len(tokens), bool(manifest)
         )
-        self.outbox.note(Submit(worker.id, request.key, attempt, request.payload, tokens, manifest))
+        self.outbox.note(
+            Submit(
+                worker.id, request.key, attempt, request.payload, tokens, manifest,
+                to_compute_tokens=0 if manifest else to_compute_tokens,
+            )
+        )  # fmt: skip
 
     def _start(
         self,

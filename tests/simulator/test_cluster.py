@@ -36,9 +36,9 @@ def unaware() -> Placement:
 
 def serve(layout: Layout, requests: list[TracedRequest]) -> list[Ended]:
     ends: list[Ended] = []
-    cluster = Cluster(layout, unaware(), ends.append)
+    cluster = Cluster(layout, [unaware()], ends.append)
     cluster.run(requests)
-    cluster.router.check_integrity()
+    cluster.routers[0].check_integrity()
     for worker in cluster.workers.values():
         worker.check_idle()
     return ends
@@ -127,7 +127,9 @@ def test_a_prefix_is_fetched_from_the_worker_that_has_it() -> None:
     busy = TracedRequest(60.0, 40_000, 2)
     setup = Setup(Random(1), StepTimes(PROFILE.timing(512)), 8192, 1024)
     ends: dict[str, Ended] = {}
-    cluster = Cluster(layout, BASELINES["mooncake"](setup), lambda end: ends.update({end.key: end}))
+    cluster = Cluster(
+        layout, [BASELINES["mooncake"](setup)], lambda end: ends.update({end.key: end})
+    )
     cluster.run([asked, busy, asked._replace(arrival_s=60.01)])
     for worker in cluster.workers.values():
         worker.check_idle()
