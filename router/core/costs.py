@@ -126,12 +126,13 @@ class Pricing:
 
     def prompts_s(
         self, tokens: float, pairs: float, running: float, context_tokens: float
-    ) -> float:
-        """By how much prompts delay what comes after them where so much decodes."""
+    ) -> tuple[float, float]:
+        """What prompts take where so much decodes: what the profile says of their tokens, and what
+        their steps take beside that."""
         timing = self._timing
         work_s = tokens * timing.prefill_token_s + pairs * timing.prefill_pair_s
         steps = tokens / max(1.0, self._max_step_tokens - running)
-        return self._learned.prefill.value * work_s + steps * self.step_s(running, context_tokens)
+        return work_s, steps * self.step_s(running, context_tokens)
 
     def profiled_transfer_s(self, blocks: Amount, step_s: Amount) -> Amount:
         """From a hand-off until the request is in a step: it waits for its blocks, then for the end

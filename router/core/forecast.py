@@ -55,23 +55,24 @@ class Done:
     """Prompts that one step completed: how long they took, and how long they should have."""
 
     at_s: float = 0.0
-    others_at_s: float = 0.0
-    """When others' prompts were last completed."""
     measured_s: float = 0.0
     base_s: float = 0.0
     work_s: float = 0.0
 
-    def add(self, now_s: float, part: Part, factor: Factor) -> None:
-        """One more. With the first of the next step, this step's are compared."""
+    def add(
+        self, now_s: float, began_s: float, work_s: float, base_s: float, factor: Factor
+    ) -> None:
+        """More of them; they were not begun before. With the first of the next step, this step's
+        are compared."""
         if now_s != self.at_s:
             if self.work_s:
                 # Beside a step's base, a short prompt's own time is mostly what else went on.
                 known = self.work_s / (self.work_s + self.base_s)
                 factor.observe(self.measured_s - self.base_s, self.work_s, known)
-            self.measured_s = now_s - max(part.placed_s, self.at_s, self.others_at_s)
+            self.measured_s = now_s - max(began_s, self.at_s)
             self.at_s, self.base_s, self.work_s = now_s, 0.0, 0.0
-        self.base_s = max(self.base_s, part.base_s)
-        self.work_s += part.work_s
+        self.base_s = max(self.base_s, base_s)
+        self.work_s += work_s
 
 
 class Others(NamedTuple):
@@ -80,6 +81,8 @@ class Others(NamedTuple):
     placed: PlacedWork = NOTHING_PLACED
     waiting_s: float = 0.0
     """What their prompts that are not computed take."""
+    since_s: float = 0.0
+    """Since when there have been such prompts, if there are."""
 
 
 NO_OTHERS: Final = Others()
@@ -155,7 +158,6 @@ class Forecast:
         all_s = self._waiting_s + others.waiting_s
         if placed.computed_tokens > before.computed_tokens:
             # Of what is left nothing is computed yet.
-            self.done.others_at_s = now_s
             self.free_s = now_s + all_s
         else:
             self.free_s = now_s + min(self.queue_s(now_s) + added_s, all_s)

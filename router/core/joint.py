@@ -193,7 +193,7 @@ class JointPlacement:
         if part.due_s:
             forecast = self._change(part.worker)
             self._end_prompt(now_s, key, placed)
-            forecast.done.add(now_s, part, self.learned.prefill)
+            forecast.done.add(now_s, part.placed_s, part.work_s, part.base_s, self.learned.prefill)
             self.learned.first_token.observe(now_s - part.placed_s, part.ttft_s, part.ttft_share)
             forecast.has_come(part)
         if len(placed.parts) > 1:  # The other one makes the tokens.
@@ -206,13 +206,13 @@ class JointPlacement:
     def stepped(self, now_s: float, worker: Worker) -> None:
         """A step of decodes alone tells how long those take; and what others have there is told."""
         forecast = self.forecasts.get(worker.id)
-        if worker.others != (NOTHING_PLACED if forecast is None else forecast.others.placed):
+        before = NOTHING_PLACED if forecast is None else forecast.others.placed
+        if worker.others != before:
             self._hear(now_s, worker.id, worker.others)
-        if forecast is None:
+        if forecast is None or not (there := forecast.figures()).running or there.waiting:
             return
-        there = forecast.figures()
-        if there.waiting or not there.running:
-            return
+        if before.prompts or worker.others.computed_tokens != before.computed_tokens:
+            return  # It computed others' prompts.
         # What runs there before it is told of is taken to be like the rest.
         running = max(there.running, worker.load.running)
         context_tokens = there.running_context_tokens * running / there.running
@@ -222,22 +222,30 @@ class JointPlacement:
     def _hear(self, now_s: float, worker: WorkerId, placed: PlacedWork) -> None:
         self._forecast(worker)
         forecast = self._change(worker)
-        before, there = forecast.others.placed, forecast.figures()
-        running, context_tokens = there.running, there.running_context_tokens
+        known, there, factor = forecast.others, forecast.figures(), self.learned.prefill
+        before = known.placed
 
-        def takes_s(tokens: int, pairs: int) -> float:
+        def takes(tokens: int, pairs: int) -> tuple[float, float]:
+            running, context_tokens = there.running, there.running_context_tokens
             return self._pricing.prompts_s(tokens, pairs, running, context_tokens)
 
-        waiting_s = takes_s(placed.prompt_tokens, placed.prompt_pairs)
-        # What came is what there is more of, beside what is over.
-        added_s = takes_s(
-            placed.prompt_tokens + placed.computed_tokens
-            - before.prompt_tokens - before.computed_tokens,
-            placed.prompt_pairs + placed.computed_pairs
-            - before.prompt_pairs - before.computed_pairs,
+        computed_tokens = placed.computed_tokens - before.computed_tokens
+        computed_pairs = placed.computed_pairs - before.computed_pairs
+        if computed_tokens > 0:
+            done = takes(computed_tokens, computed_pairs)
+            forecast.done.add(now_s, known.since_s, *done, factor)
+        waiting_work_s, waiting_base_s = takes(placed.prompt_tokens, placed.prompt_pairs)
+        # What came is what there is more of, and what of that is over.
+        added_work_s, added_base_s = takes(
+            placed.prompt_tokens - before.prompt_tokens + computed_tokens,
+            placed.prompt_pairs - before.prompt_pairs + computed_pairs,
+        )
+        others = Others(
+            placed, factor.value * waiting_work_s + waiting_base_s,
+            known.since_s if before.prompts else now_s,
         )  # fmt: skip
-        window_s = self._weights.share_window_s
-        forecast.hear(now_s, Others(placed, waiting_s), max(0.0, added_s), window_s)
+        added_s = max(0.0, factor.value * added_work_s + added_base_s)
+        forecast.hear(now_s, others, added_s, self._weights.share_window_s)
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
