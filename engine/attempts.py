@@ -124,6 +124,7 @@ class Attempts:
     ) -> Share:
         tokens = len(request.prompt_token_ids or ()) + len(submit.output_token_ids)
         # Of a router that does not say, nothing is thought to be cached.
+        self.work.release(router_id, submit.request_key)
         to_compute = 0 if submit.manifest else min(submit.to_compute_tokens or tokens, tokens)
         return self.work.add(router_id, tokens, to_compute, decodes=not hand_off)
 
@@ -220,7 +221,9 @@ class Attempts:
         return [a for a in self._by_engine_id.values() if a.router_id == router_id]
 
     def hold_back(self, router_id: str) -> list[worker_pb2.Held]:
-        """A router (re)attaches: what is kept for it. Nothing of it goes out until it asks."""
+        """A router (re)attaches: what is kept for it. Nothing of it goes out until it asks. What it
+        reserved may not be wanted any more."""
+        self.work.release_all(router_id)
         kept = self.of_router(router_id)
         for attempt in kept:
             attempt.sent_outputs = None

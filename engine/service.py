@@ -236,6 +236,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._forget(link, command.forget)
         elif command.HasField("ask_cache"):
             link.ask_cache()
+        elif command.HasField("reserve"):
+            self._reserve(link, command.reserve)
+
+    def _reserve(self, link: RouterLink, reserve: worker_pb2.Reserve) -> None:
+        work = self._attempts.work
+        if reserve.context_tokens:
+            work.reserve(link.router_id, reserve.request_key, reserve.context_tokens)
+        else:
+            work.release(link.router_id, reserve.request_key)
 
     def _forget(self, link: RouterLink, forget: worker_pb2.Forget) -> None:
         attempt = self._attempts.find(link.router_id, forget.request_key, forget.attempt)

@@ -34,6 +34,8 @@ class WorkByRouter:
     def __init__(self) -> None:
         self._of: dict[str, PlacedWork] = {}
         self._all = NOTHING_PLACED
+        self._reserved: dict[str, dict[str, Share]] = {}
+        """By router and request."""
         self._changed: set[str] = set()
         """Whose work changed since the others were told."""
 
@@ -46,6 +48,24 @@ class WorkByRouter:
         share = Share(router_id, to_compute_tokens, pairs, context_tokens, decodes)
         self._move(router_id, _waiting(share, 1), _decoding(share, 1))
         return share
+
+    def reserve(self, router_id: str, key: str, context_tokens: int) -> None:
+        """A router's request is to decode here once another worker has computed its prompt."""
+        self.release(router_id, key)
+        self._reserved.setdefault(router_id, {})[key] = self.add(
+            router_id, context_tokens, 0, decodes=True
+        )
+
+    def release(self, router_id: str, key: str) -> None:
+        """It came, or will not come."""
+        share = self._reserved.get(router_id, {}).pop(key, None)
+        if share is not None:
+            self.end(share)
+
+    def release_all(self, router_id: str) -> None:
+        """A router begins anew, or is gone."""
+        for share in self._reserved.pop(router_id, {}).values():
+            self.end(share)
 
     def begin(self, share: Share) -> None:
         """Its first output is made."""
@@ -64,6 +84,7 @@ class WorkByRouter:
 
     def forget(self, router_id: str) -> None:
         """A router that has nothing here any more."""
+        self.release_all(router_id)
         gone = self._of.pop(router_id, None)
         if gone is not None:
             self._all = _minus(self._all, gone)

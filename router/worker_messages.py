@@ -17,19 +17,23 @@ from router.core.events import (
     OutputReport,
     PromptUse,
     Resend,
+    Reserve,
     Role,
     StepReported,
     Submit,
     WorkerUp,
 )
 
-ToWorker = Submit | AbortOn | Forget | Resend | AskCache
+ToWorker = Submit | Reserve | AbortOn | Forget | Resend | AskCache
 
 
 def command_of(command: ToWorker) -> worker_pb2.Command:
     """A command to a worker, as it is sent."""
     if isinstance(command, AskCache):
         return worker_pb2.Command(ask_cache=worker_pb2.AskCache())
+    if isinstance(command, Reserve):
+        reserve = worker_pb2.Reserve(request_key=command.key, context_tokens=command.context_tokens)
+        return worker_pb2.Command(reserve=reserve)
     key, attempt = command.key, command.attempt
     if isinstance(command, Submit):
         submit = worker_pb2.Submit(

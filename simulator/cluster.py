@@ -28,6 +28,7 @@ from router.core.events import (
     MemberFacts,
     MembershipChanged,
     RequestArrived,
+    Reserve,
     Role,
     Shape,
     SnapshotTaken,
@@ -192,7 +193,7 @@ class Cluster:
             self._obey(router, command)
 
     def _obey(self, router: int, command: Command) -> None:
-        if isinstance(command, Submit | AbortOn):
+        if isinstance(command, Submit | Reserve | AbortOn):
             worker = self.workers[command.worker]
 
             def deliver(now_s: float) -> None:
@@ -202,6 +203,8 @@ class Cluster:
                         hashes = asked.prompt_hashes[: fetch.blocks]
                         lent = self.workers[fetch.worker].lend(hashes)
                     worker.submit(now_s, router, command, asked, lent)
+                elif isinstance(command, Reserve):
+                    worker.reserve(router, command)
                 else:
                     worker.abort(now_s, command)
                 self._tell_others(now_s, worker)

@@ -26,6 +26,7 @@ from router.core.events import (
     Finish,
     OutputReport,
     PromptUse,
+    Reserve,
     Role,
     StepReported,
     Submit,
@@ -154,12 +155,20 @@ class SimulatedWorker:
             prompt_hashes=asked.prompt_hashes,
         )
         to_compute = 0 if handed_over is not None else command.to_compute_tokens or known
+        self.work.release(str(router), command.key)
         share = self.work.add(str(router), known, to_compute, decodes=not command.hand_off)
         self._attempts[request_id] = _Attempt(
             command.key, command.attempt, request, len(command.output_token_ids),
             handed_over is not None, router, share,
         )  # fmt: skip
         self._engine.enter(request)
+
+    def reserve(self, router: int, command: Reserve) -> None:
+        """Take what a router says will come, or that it won't."""
+        if command.context_tokens:
+            self.work.reserve(str(router), command.key, command.context_tokens)
+        else:
+            self.work.release(str(router), command.key)
 
     def abort(self, now_s: float, command: AbortOn) -> None:
         """End an attempt, or free the blocks that it left."""

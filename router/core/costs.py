@@ -124,15 +124,11 @@ class Pricing:
             + context_tokens * timing.decode_context_token_s
         )
 
-    def prompts_s(
-        self, tokens: float, pairs: float, running: float, context_tokens: float
-    ) -> tuple[float, float]:
-        """What prompts take where so much decodes: what the profile says of their tokens, and what
-        their steps take beside that."""
+    def prompts(self, tokens: float, pairs: float, running: float) -> tuple[float, float]:
+        """What the profile says of prompts' tokens, and how many steps they take."""
         timing = self._timing
         work_s = tokens * timing.prefill_token_s + pairs * timing.prefill_pair_s
-        steps = tokens / max(1.0, self._max_step_tokens - running)
-        return work_s, steps * self.step_s(running, context_tokens)
+        return work_s, tokens / max(1.0, self._max_step_tokens - running)
 
     def profiled_transfer_s(self, blocks: Amount, step_s: Amount) -> Amount:
         """From a hand-off until the request is in a step: it waits for its blocks, then for the end

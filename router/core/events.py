@@ -347,6 +347,17 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Reserve:
+    """Another worker computes the prompt of a request that is to decode on this one: of use to
+    other routers. It ends with the request's Submit."""
+
+    worker: WorkerId
+    key: RequestKey
+    context_tokens: int
+    """0: it will not come."""
+
+
+@dataclass(frozen=True, slots=True)
 class AbortOn:
     """End an attempt and free its blocks, also those that wait to be fetched."""
 
@@ -416,5 +427,14 @@ class Ended:
 
 
 Command: TypeAlias = (
-    Deliver | Submit | AbortOn | Forget | Resend | AskCache | TicketGranted | TicketRefused | Ended
+    Deliver
+    | Submit
+    | Reserve
+    | AbortOn
+    | Forget
+    | Resend
+    | AskCache
+    | TicketGranted
+    | TicketRefused
+    | Ended
 )

@@ -17,6 +17,7 @@ context. First tokens that come earlier or later than predicted move the forecas
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -222,30 +223,29 @@ class JointPlacement:
     def _hear(self, now_s: float, worker: WorkerId, placed: PlacedWork) -> None:
         self._forecast(worker)
         forecast = self._change(worker)
-        known, there, factor = forecast.others, forecast.figures(), self.learned.prefill
-        before = known.placed
+        known, there, pricing = forecast.others, forecast.figures(), self._pricing
+        before, factor = known.placed, self.learned.prefill
+        step_s = pricing.step_s(there.running, there.running_context_tokens)
 
-        def takes(tokens: int, pairs: int) -> tuple[float, float]:
-            running, context_tokens = there.running, there.running_context_tokens
-            return self._pricing.prompts_s(tokens, pairs, running, context_tokens)
+        def takes_s(tokens: int, pairs: int) -> float:
+            work_s, steps = pricing.prompts(tokens, pairs, there.running)
+            return factor.value * work_s + steps * step_s
 
+        waiting_s = takes_s(placed.prompt_tokens, placed.prompt_pairs)
         computed_tokens = placed.computed_tokens - before.computed_tokens
         computed_pairs = placed.computed_pairs - before.computed_pairs
-        if computed_tokens > 0:
-            done = takes(computed_tokens, computed_pairs)
-            forecast.done.add(now_s, known.since_s, *done, factor)
-        waiting_work_s, waiting_base_s = takes(placed.prompt_tokens, placed.prompt_pairs)
         # What came is what there is more of, and what of that is over.
-        added_work_s, added_base_s = takes(
+        added_s = takes_s(
             placed.prompt_tokens - before.prompt_tokens + computed_tokens,
             placed.prompt_pairs - before.prompt_pairs + computed_pairs,
         )
-        others = Others(
-            placed, factor.value * waiting_work_s + waiting_base_s,
-            known.since_s if before.prompts else now_s,
-        )  # fmt: skip
-        added_s = max(0.0, factor.value * added_work_s + added_base_s)
-        forecast.hear(now_s, others, added_s, self._weights.share_window_s)
+        if computed_tokens > 0:
+            work_s, steps = pricing.prompts(computed_tokens, computed_pairs, there.running)
+            base_s = math.ceil(steps) * step_s
+            forecast.done.add(now_s, known.since_s, work_s, base_s, factor)
+        since_s = known.since_s if before.prompts else now_s
+        window_s = self._weights.share_window_s
+        forecast.hear(now_s, Others(placed, waiting_s, since_s), max(0.0, added_s), window_s)
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""

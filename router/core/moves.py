@@ -134,6 +134,8 @@ class Moves:
         worker = self._chosen(decision.worker)
         if worker is not None:
             request.reservation = Reservation(worker, requests=1).take()
+            if decision.prefill is not None:
+                self.outbox.announce(request, worker)
         if request.position:
             assert worker is not None, "one that goes on needs a worker"
             assert decision.fetch is None, "one that goes on has a manifest, or computes its prompt"
@@ -174,6 +176,7 @@ class Moves:
         if not manifest:
             request.reserve_prefill(worker)
         tokens = tuple(request.tokens)
+        request.announced = None  # It comes.
         attempt = self._start(
             now_s, request, worker, Trigger.RESUME_SUBMITTED, len(tokens), bool(manifest)
         )
@@ -229,6 +232,7 @@ class Moves:
         self.look_again()
 
     def _unassign(self, now_s: float, request: Request) -> None:
+        self.outbox.take_back(request)
         request.unassign()
         self._placement.ended(now_s, request.key, None)
         self.look_again()
@@ -273,6 +277,7 @@ class Moves:
         fetched_from = request.source if request.is_being_fetched else None
         reader_was_told = request.current is not None and request.current.worker.attached
         request.advance(now_s, Trigger.END, f"{end}: {why}" if why else end)
+        self.outbox.take_back(request)
         request.release()
         whole = request.position if end is End.COMPLETE else None
         self._placement.ended(now_s, request.key, whole)
