@@ -17,7 +17,6 @@ context. First tokens that come earlier or later than predicted move the forecas
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from engine.base import NOTHING_PLACED, PlacedWork
+from engine.base import NOTHING_PLACED
 from engine.latency_model import StepTimes
 from engine.learned_times import LearnedTimes
 from protos.ids import RequestKey, WorkerId
@@ -35,7 +34,8 @@ from router.core.candidates import Column, Shortlist
 from router.core.columns import Columns
 from router.core.costs import COMPARED, WEIGHTS, Asked, Found, Pricing, Slo, Weights
 from router.core.events import Role, Shape
-from router.core.forecast import Forecast, Others, Part
+from router.core.forecast import Forecast, Part
+from router.core.others import hear
 from router.core.output_lengths import OutputLengths
 from router.core.placement import (
     NEVER_SPLIT,
@@ -209,7 +209,10 @@ class JointPlacement:
         forecast = self.forecasts.get(worker.id)
         before = NOTHING_PLACED if forecast is None else forecast.others.placed
         if worker.others != before:
-            self._hear(now_s, worker.id, worker.others)
+            forecast = self._forecast(worker.id)
+            self._changed.add(worker.id)
+            window_s = self._weights.share_window_s
+            hear(now_s, forecast, worker.others, self._pricing, self.learned.prefill, window_s)
         if forecast is None or not (there := forecast.figures()).running or there.waiting:
             return
         if before.prompts or worker.others.computed_tokens != before.computed_tokens:
@@ -219,33 +222,6 @@ class JointPlacement:
         context_tokens = there.running_context_tokens * running / there.running
         profiled_s = self._pricing.profiled_step_s(running, context_tokens)
         self.learned.step.observe(worker.load.step_time_s, profiled_s)
-
-    def _hear(self, now_s: float, worker: WorkerId, placed: PlacedWork) -> None:
-        self._forecast(worker)
-        forecast = self._change(worker)
-        known, there, pricing = forecast.others, forecast.figures(), self._pricing
-        before, factor = known.placed, self.learned.prefill
-        step_s = pricing.step_s(there.running, there.running_context_tokens)
-
-        def takes_s(tokens: int, pairs: int) -> float:
-            work_s, steps = pricing.prompts(tokens, pairs, there.running)
-            return factor.value * work_s + steps * step_s
-
-        waiting_s = takes_s(placed.prompt_tokens, placed.prompt_pairs)
-        computed_tokens = placed.computed_tokens - before.computed_tokens
-        computed_pairs = placed.computed_pairs - before.computed_pairs
-        # What came is what there is more of, and what of that is over.
-        added_s = takes_s(
-            placed.prompt_tokens - before.prompt_tokens + computed_tokens,
-            placed.prompt_pairs - before.prompt_pairs + computed_pairs,
-        )
-        if computed_tokens > 0:
-            work_s, steps = pricing.prompts(computed_tokens, computed_pairs, there.running)
-            base_s = math.ceil(steps) * step_s
-            forecast.done.add(now_s, known.since_s, work_s, base_s, factor)
-        since_s = known.since_s if before.prompts else now_s
-        window_s = self._weights.share_window_s
-        forecast.hear(now_s, Others(placed, waiting_s, since_s), max(0.0, added_s), window_s)
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """It is on no worker any more."""
