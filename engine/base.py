@@ -61,6 +61,8 @@ class PlacedWork(NamedTuple):
     running: int = 0
     """Of these, those that decode now."""
     running_context_tokens: int = 0
+    coming_tokens: int = 0
+    """Of KV state that is to be computed or fetched."""
 
 
 NOTHING_PLACED: Final = PlacedWork()

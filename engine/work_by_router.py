@@ -113,11 +113,12 @@ class WorkByRouter:
 
 def _waiting(share: Share, times: int) -> PlacedWork:
     if not share.to_compute_tokens:
-        return NOTHING_PLACED
+        return PlacedWork(coming_tokens=times * share.context_tokens)
     return PlacedWork(
         prompts=times,
         prompt_tokens=times * share.to_compute_tokens,
         prompt_pairs=times * share.pairs,
+        coming_tokens=times * share.to_compute_tokens,
     )
 
 

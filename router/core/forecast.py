@@ -148,7 +148,7 @@ class Forecast:
             self.decodes + others.decodes, self.context_tokens + others.context_tokens,
             self.running + others.running,
             self.running_context_tokens + others.running_context_tokens,
-            self.coming_tokens + others.prompt_tokens,
+            self.coming_tokens + others.coming_tokens,
         )  # fmt: skip
 
     def hear(self, now_s: float, others: Others, added_s: float, window_s: float) -> None:

@@ -94,7 +94,7 @@ async def test_a_prompt_is_told_while_it_waits_and_when_nothing_steps(
     monkeypatch.setattr(SimulatedEngine, "add", lambda self, request: None)
     one, other = await attached(address, "one"), await attached(address, "other")
     await one.send(submit=submit())
-    waits = PlacedWork(1, 30, 450, decodes=1, context_tokens=30)
+    waits = PlacedWork(1, 30, 450, decodes=1, context_tokens=30, coming_tokens=30)
     assert await hears(other, lambda others: others.prompts == 1) == waits
     await one.send(forget=worker_pb2.Forget(request_key="0:a", attempt=1))
     assert await hears(other, lambda others: not others.prompts) == NOTHING_PLACED
@@ -106,7 +106,7 @@ async def test_what_will_decode_there_is_told_until_it_is_taken_back(address: st
     one, other = await attached(address, "one"), await attached(address, "other")
     await one.send(reserve=worker_pb2.Reserve(request_key="0:a", context_tokens=700))
     told = await hears(other, lambda others: others.decodes == 1)
-    assert told == PlacedWork(decodes=1, context_tokens=700)
+    assert told == PlacedWork(decodes=1, context_tokens=700, coming_tokens=700)
     await one.send(reserve=worker_pb2.Reserve(request_key="0:a"))
     assert await hears(other, lambda others: not others.decodes) == NOTHING_PLACED
     for router in (one, other):

@@ -17,8 +17,9 @@ def test_a_prompt_then_decodes_then_is_gone() -> None:
     # 400 tokens attend to the 600 before them, and on average to half of themselves.
     pairs = 400 * 600 + 400 * 400 // 2
     assert work.others("b") == PlacedWork(
-        prompts=1, prompt_tokens=400, prompt_pairs=pairs, decodes=1, context_tokens=1000
-    )
+        prompts=1, prompt_tokens=400, prompt_pairs=pairs, decodes=1, context_tokens=1000,
+        coming_tokens=400,
+    )  # fmt: skip
     work.begin(share)
     computed = PlacedWork(computed_tokens=400, computed_pairs=pairs)
     assert work.others("b") == computed._replace(
@@ -32,10 +33,14 @@ def test_a_prompt_then_decodes_then_is_gone() -> None:
 def test_what_is_handed_off_does_not_decode_and_what_was_fetched_is_not_computed() -> None:
     work = WorkByRouter()
     work.add("a", 1000, 1000, decodes=False)
-    assert work.others("b") == PlacedWork(prompts=1, prompt_tokens=1000, prompt_pairs=500_000)
+    assert work.others("b") == PlacedWork(1, 1000, 500_000, coming_tokens=1000)
     work = WorkByRouter()
-    work.add("a", 1000, 0, decodes=True)
-    assert work.others("b") == PlacedWork(decodes=1, context_tokens=1000)
+    fetched = work.add("a", 1000, 0, decodes=True)
+    assert work.others("b") == PlacedWork(decodes=1, context_tokens=1000, coming_tokens=1000)
+    work.begin(fetched)
+    assert work.others("b") == PlacedWork(
+        decodes=1, context_tokens=1000, running=1, running_context_tokens=1000
+    )
 
 
 def test_a_router_alone_is_told_of_nobody() -> None:
@@ -61,7 +66,7 @@ def test_others_are_to_be_told_of_a_change_once() -> None:
 
 def test_what_is_announced_counts_until_it_comes_or_will_not() -> None:
     work = WorkByRouter()
-    announced = PlacedWork(decodes=1, context_tokens=500)
+    announced = PlacedWork(decodes=1, context_tokens=500, coming_tokens=500)
     work.reserve("a", "0:x", 400)
     work.reserve("a", "0:x", 500)
     assert work.others("b") == announced

@@ -107,6 +107,17 @@ def test_others_prompts_and_decodes_stretch_the_time_between_tokens() -> None:
     assert stretched == pytest.approx(alone_s / (1 - LARGEST_SHARE))
 
 
+def test_what_others_bring_needs_room_in_the_cache() -> None:
+    bench = Bench("d1", "d2")
+    for name in ("d1", "d2"):
+        worker = bench.pool.get(WorkerId(name))
+        assert worker is not None
+        worker.load = EngineLoad(kv_blocks_used=2000, kv_blocks_total=3000)
+    told(bench, "d1", PlacedWork(coming_tokens=1000 * 128))
+    told(bench, "d2", PlacedWork(decodes=1, context_tokens=1000))
+    assert bench.place().worker == "d2"
+
+
 def test_steps_of_known_decodes_teach_and_those_of_others_prompts_do_not() -> None:
     bench = Bench("d1")
     bench.place()
