@@ -205,14 +205,15 @@ class JointPlacement:
             self._has_come(now_s, part)
 
     def stepped(self, now_s: float, worker: Worker) -> None:
-        """A step of decodes alone tells how long those take; and what others have there is told."""
+        """What others have there is told; and a step of decodes alone tells how long those take."""
         forecast = self.forecasts.get(worker.id)
         before = NOTHING_PLACED if forecast is None else forecast.others.placed
         if worker.others != before:
             forecast = self._forecast(worker.id)
-            self._changed.add(worker.id)
             window_s = self._weights.share_window_s
             hear(now_s, forecast, worker.others, self._pricing, self.learned.prefill, window_s)
+            if self._columns is not None:  # At once, since questions wait for nobody's reports.
+                self._columns.write(worker.id, forecast)
         if forecast is None or not (there := forecast.figures()).running or there.waiting:
             return
         if before.prompts or worker.others.computed_tokens != before.computed_tokens:
