@@ -116,9 +116,10 @@ def _told(
 class Store:
     """All searches so far, one to a line; one that was cut off while it was written is none."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cell_type: Any = Cell) -> None:
         self._path = path
-        self._found: dict[Cell, float] = {}
+        self._cell_type = cell_type
+        self._found: dict[Any, float] = {}
         kept = ""
         for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
             if line.endswith("\n"):
@@ -127,11 +128,11 @@ class Store:
         if path.exists():
             path.write_text(kept)
 
-    def goodput(self, cell: Cell) -> float | None:
+    def goodput(self, cell: Any) -> float | None:
         """Requests per second, if the search is over."""
         return self._found.get(cell)
 
-    def add(self, cell: Cell, goodput_rps: float, made: list[dict[str, Any]]) -> None:
+    def add(self, cell: Any, goodput_rps: float, made: list[dict[str, Any]]) -> None:
         """A search is over."""
         line = {**asdict(cell), "goodput_rps": round(goodput_rps, 4), "runs": made}
         with self._path.open("a") as file:
@@ -139,7 +140,7 @@ class Store:
         self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
-        cell = Cell(**{name: line[name] for name in Cell.__slots__})
+        cell = self._cell_type(**{name: line[name] for name in self._cell_type.__slots__})
         self._found[cell] = line["goodput_rps"]
 
 

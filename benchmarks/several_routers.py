@@ -14,17 +14,16 @@ time: other load on the machine changes nothing but the duration.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from benchmarks.goodput import code_digest
+from benchmarks.goodput import Store, code_digest
 from benchmarks.report import table
 from benchmarks.workloads import WORKLOADS
 from engine.base import NOTHING_PLACED
@@ -107,32 +106,6 @@ def search(cell: Cell, shared: Path, start_rps: float) -> float:
     return highest_rate(serves, start_rps, LEAST_RPS, PRECISION)
 
 
-class Store:
-    """All searches so far, one to a line."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._found: dict[Cell, float] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            self._take(json.loads(line))
-
-    def goodput(self, cell: Cell) -> float | None:
-        """Requests per second, if the search is over."""
-        return self._found.get(cell)
-
-    def add(self, cell: Cell, goodput_rps: float) -> None:
-        """A search is over."""
-        line = {**asdict(cell), "goodput_rps": round(goodput_rps, 4)}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._take(line)
-
-    def _take(self, line: dict[str, object]) -> None:
-        goodput_rps = line.pop("goodput_rps")
-        assert isinstance(goodput_rps, float)
-        self._found[Cell(**line)] = goodput_rps  # type: ignore[arg-type]
-
-
 def cells(case: Case, given: argparse.Namespace) -> Iterator[Cell]:
     """All numbers of routers, told and alone; one router has nobody to be told of."""
     prefill = case.prefill * given.engines // ENGINES
@@ -146,32 +119,29 @@ def cells(case: Case, given: argparse.Namespace) -> Iterator[Cell]:
 
 
 def rows(store: Store, given: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    """Of the table: goodput, and what of one router's is left."""
+    """Of the table: mean goodput where all seeds are known, and how it is beside one router's."""
     for case in CASES:
-        means: dict[tuple[int, str], float] = {}
+        known: dict[tuple[int, str], list[float]] = {}
         for cell in cells(case, given):
-            found = [
-                store.goodput(each)
-                for each in cells(case, given)
-                if (each.routers, each.arm) == (cell.routers, cell.arm)
-            ]
-            known = [each for each in found if each is not None]
-            if len(known) == given.seeds:
-                means[cell.routers, cell.arm] = statistics.mean(known)
+            if (goodput_rps := store.goodput(cell)) is not None:
+                known.setdefault((cell.routers, cell.arm), []).append(goodput_rps)
+        means = {
+            group: statistics.mean(found)
+            for group, found in known.items()
+            if len(found) == given.seeds
+        }
         one = means.get((1, "told"))
+        if one is None:
+            continue
+        prefill = case.prefill * given.engines // ENGINES
         for arm in ARMS:
-            texts = []
-            for routers in ROUTERS:
-                mean = one if routers == 1 else means.get((routers, arm))
-                if mean is None or one is None:
-                    texts.append("")
-                else:
-                    texts.append(
-                        f"{mean:.3g} ({mean / one - 1:+.1%})" if routers > 1 else f"{mean:.3g}"
-                    )
-            if any(texts):
-                prefill = case.prefill * given.engines // ENGINES
-                yield f"{case.workload}, {prefill} + {given.engines - prefill}", arm, *texts
+            several = [_beside(one, means.get((routers, arm))) for routers in ROUTERS[1:]]
+            split = f"{prefill} + {given.engines - prefill}"
+            yield f"{case.workload}, {split}", arm, f"{one:.3g}", *several
+
+
+def _beside(one: float, mean: float | None) -> str:
+    return "" if mean is None else f"{mean:.3g} ({mean / one - 1:+.1%})"
 
 
 def main() -> None:
@@ -186,12 +156,11 @@ def main() -> None:
     parser.add_argument("--engines", type=int, default=ENGINES, choices=(8, 16, 32))
     parser.add_argument("--requests", type=int, default=4000, help="of each cut")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--most", type=int, help="searches; default: all that are missing")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     names = list(dict.fromkeys(case.workload for case in CASES))
     parser.add_argument("--workloads", nargs="+", default=names, choices=names)
     given = parser.parse_args()
-    store = Store(given.store)
+    store = Store(given.store, Cell)
     todo = [
         (cell, case.start_rps * given.engines / ENGINES)
         for case in CASES
@@ -199,11 +168,11 @@ def main() -> None:
         for cell in cells(case, given)
         if store.goodput(cell) is None
     ]
-    for cell, start_rps in [] if given.report else todo[: given.most]:
+    for cell, start_rps in [] if given.report else todo:
         goodput_rps = search(cell, given.shared, start_rps)
-        store.add(cell, goodput_rps)
+        store.add(cell, goodput_rps, [])
         print(f"{cell}: {goodput_rps:.2f}/s", file=sys.stderr, flush=True)
-    heads = ("workload, prefill + decode", "routers hear of each other", *map(str, ROUTERS))
+    heads = ("workload, prefill + decode", "routers", *map(str, ROUTERS))
     print(table(heads, rows(store, given)))
 
 

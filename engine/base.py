@@ -63,6 +63,8 @@ class PlacedWork(NamedTuple):
     running_context_tokens: int = 0
     coming_tokens: int = 0
     """Of KV state that is to be computed or fetched."""
+    routers: int = 0
+    """How many these are."""
 
 
 NOTHING_PLACED: Final = PlacedWork()

@@ -106,7 +106,10 @@ class WorkByRouter:
         self._changed.clear()
 
     def _move(self, router_id: str, *parts: PlacedWork) -> None:
-        self._of[router_id] = _plus(self._of.get(router_id, NOTHING_PLACED), parts)
+        if router_id not in self._of:
+            self._of[router_id] = NOTHING_PLACED
+            parts = (*parts, PlacedWork(routers=1))
+        self._of[router_id] = _plus(self._of[router_id], parts)
         self._all = _plus(self._all, parts)
         self._changed.add(router_id)
 

@@ -253,7 +253,7 @@ class Load(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., step_time_s: _Optional[float] = ..., others: _Optional[_Union[PlacedWork, _Mapping]] = ...) -> None: ...
 
 class PlacedWork(_message.Message):
-    __slots__ = ("prompts", "prompt_tokens", "prompt_pairs", "computed_tokens", "computed_pairs", "decodes", "context_tokens", "running", "running_context_tokens", "coming_tokens")
+    __slots__ = ("prompts", "prompt_tokens", "prompt_pairs", "computed_tokens", "computed_pairs", "decodes", "context_tokens", "running", "running_context_tokens", "coming_tokens", "routers")
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_PAIRS_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +264,7 @@ class PlacedWork(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     prompts: int
     prompt_tokens: int
     prompt_pairs: int
@@ -274,7 +275,8 @@ class PlacedWork(_message.Message):
     running: int
     running_context_tokens: int
     coming_tokens: int
-    def __init__(self, prompts: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_pairs: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., computed_pairs: _Optional[int] = ..., decodes: _Optional[int] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., coming_tokens: _Optional[int] = ...) -> None: ...
+    routers: int
+    def __init__(self, prompts: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_pairs: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., computed_pairs: _Optional[int] = ..., decodes: _Optional[int] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., coming_tokens: _Optional[int] = ..., routers: _Optional[int] = ...) -> None: ...
 
 class Metrics(_message.Message):
     __slots__ = ("values",)

@@ -89,7 +89,7 @@ def _placed(told: worker_pb2.PlacedWork) -> PlacedWork:
     return PlacedWork(
         told.prompts, told.prompt_tokens, told.prompt_pairs, told.computed_tokens,
         told.computed_pairs, told.decodes, told.context_tokens, told.running,
-        told.running_context_tokens, told.coming_tokens,
+        told.running_context_tokens, told.coming_tokens, told.routers,
     )  # fmt: skip
 
 

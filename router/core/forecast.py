@@ -106,6 +106,8 @@ class Figures(NamedTuple):
     running: int
     running_context_tokens: float
     coming_tokens: int
+    routers: int
+    """That have work there, this one included."""
 
 
 @dataclass(slots=True)
@@ -148,7 +150,7 @@ class Forecast:
             self.decodes + others.decodes, self.context_tokens + others.context_tokens,
             self.running + others.running,
             self.running_context_tokens + others.running_context_tokens,
-            self.coming_tokens + others.coming_tokens,
+            self.coming_tokens + others.coming_tokens, 1 + others.routers,
         )  # fmt: skip
 
     def hear(self, now_s: float, others: Others, added_s: float, window_s: float) -> None:

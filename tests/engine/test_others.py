@@ -22,7 +22,9 @@ from tests.engine.test_service import TOKEN, Router, submit
 WORKER = WorkerId("decode-0")
 LONG = 5000
 """Output tokens of a request that does not end within a test."""
-DECODES = PlacedWork(decodes=1, context_tokens=30, running=1, running_context_tokens=30)
+DECODES = PlacedWork(decodes=1, context_tokens=30, running=1, running_context_tokens=30, routers=1)
+NOTHING_MORE = PlacedWork(routers=1)
+"""Of a router that is known."""
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ async def test_what_one_submits_and_aborts_the_other_is_told(address: str) -> No
     assert standing(await hears(one, lambda others: others.running == 1)) == DECODES
     await one.send(abort=worker_pb2.Abort(request_key="0:a", attempt=1))
     told = await hears(other, lambda others: not others.decodes)
-    assert standing(told) == NOTHING_PLACED
+    assert standing(told) == NOTHING_MORE
     for router in (one, other):
         await router.close()
 
@@ -94,10 +96,10 @@ async def test_a_prompt_is_told_while_it_waits_and_when_nothing_steps(
     monkeypatch.setattr(SimulatedEngine, "add", lambda self, request: None)
     one, other = await attached(address, "one"), await attached(address, "other")
     await one.send(submit=submit())
-    waits = PlacedWork(1, 30, 450, decodes=1, context_tokens=30, coming_tokens=30)
+    waits = PlacedWork(1, 30, 450, decodes=1, context_tokens=30, coming_tokens=30, routers=1)
     assert await hears(other, lambda others: others.prompts == 1) == waits
     await one.send(forget=worker_pb2.Forget(request_key="0:a", attempt=1))
-    assert await hears(other, lambda others: not others.prompts) == NOTHING_PLACED
+    assert await hears(other, lambda others: not others.prompts) == NOTHING_MORE
     for router in (one, other):
         await router.close()
 
@@ -106,9 +108,9 @@ async def test_what_will_decode_there_is_told_until_it_is_taken_back(address: st
     one, other = await attached(address, "one"), await attached(address, "other")
     await one.send(reserve=worker_pb2.Reserve(request_key="0:a", context_tokens=700))
     told = await hears(other, lambda others: others.decodes == 1)
-    assert told == PlacedWork(decodes=1, context_tokens=700, coming_tokens=700)
+    assert told == PlacedWork(decodes=1, context_tokens=700, coming_tokens=700, routers=1)
     await one.send(reserve=worker_pb2.Reserve(request_key="0:a"))
-    assert await hears(other, lambda others: not others.decodes) == NOTHING_PLACED
+    assert await hears(other, lambda others: not others.decodes) == NOTHING_MORE
     for router in (one, other):
         await router.close()
 
@@ -123,7 +125,7 @@ async def test_a_routers_work_outlives_it_until_its_successor_forgets_it(address
     # What waits for a hand-off its successor does not know; what runs it finds.
     assert standing(await hears(other, lambda others: others.decodes == 1)) == DECODES
     await successor.send(forget=worker_pb2.Forget(request_key="0:a", attempt=1))
-    assert standing(await hears(other, lambda others: not others.decodes)) == NOTHING_PLACED
+    assert standing(await hears(other, lambda others: not others.decodes)) == NOTHING_MORE
     for router in (successor, other):
         await router.close()
 

@@ -18,12 +18,12 @@ def test_a_prompt_then_decodes_then_is_gone() -> None:
     pairs = 400 * 600 + 400 * 400 // 2
     assert work.others("b") == PlacedWork(
         prompts=1, prompt_tokens=400, prompt_pairs=pairs, decodes=1, context_tokens=1000,
-        coming_tokens=400,
+        coming_tokens=400, routers=1,
     )  # fmt: skip
     work.begin(share)
-    computed = PlacedWork(computed_tokens=400, computed_pairs=pairs)
+    computed = PlacedWork(computed_tokens=400, computed_pairs=pairs, routers=1)
     assert work.others("b") == computed._replace(
-        decodes=1, context_tokens=1000, running=1, running_context_tokens=1000
+        decodes=1, context_tokens=1000, running=1, running_context_tokens=1000, routers=1
     )
     work.end(share)
     work.end(share)  # It ended, and then its router gives it up.
@@ -33,13 +33,15 @@ def test_a_prompt_then_decodes_then_is_gone() -> None:
 def test_what_is_handed_off_does_not_decode_and_what_was_fetched_is_not_computed() -> None:
     work = WorkByRouter()
     work.add("a", 1000, 1000, decodes=False)
-    assert work.others("b") == PlacedWork(1, 1000, 500_000, coming_tokens=1000)
+    assert work.others("b") == PlacedWork(1, 1000, 500_000, coming_tokens=1000, routers=1)
     work = WorkByRouter()
     fetched = work.add("a", 1000, 0, decodes=True)
-    assert work.others("b") == PlacedWork(decodes=1, context_tokens=1000, coming_tokens=1000)
+    assert work.others("b") == PlacedWork(
+        decodes=1, context_tokens=1000, coming_tokens=1000, routers=1
+    )
     work.begin(fetched)
     assert work.others("b") == PlacedWork(
-        decodes=1, context_tokens=1000, running=1, running_context_tokens=1000
+        decodes=1, context_tokens=1000, running=1, running_context_tokens=1000, routers=1
     )
 
 
@@ -54,6 +56,15 @@ def test_a_router_alone_is_told_of_nobody() -> None:
     assert work.others("b") is None
 
 
+def test_routers_are_counted_until_they_are_forgotten() -> None:
+    work = WorkByRouter()
+    for router in ("a", "b", "b", "c"):
+        work.end(work.add(router, 10, 10, decodes=True))
+    assert work.others("c") == PlacedWork(routers=2)
+    work.forget("a")
+    assert work.others("c") == PlacedWork(routers=1)
+
+
 def test_others_are_to_be_told_of_a_change_once() -> None:
     work = WorkByRouter()
     work.add("a", 10, 10, decodes=True)
@@ -66,16 +77,16 @@ def test_others_are_to_be_told_of_a_change_once() -> None:
 
 def test_what_is_announced_counts_until_it_comes_or_will_not() -> None:
     work = WorkByRouter()
-    announced = PlacedWork(decodes=1, context_tokens=500, coming_tokens=500)
+    announced = PlacedWork(decodes=1, context_tokens=500, coming_tokens=500, routers=1)
     work.reserve("a", "0:x", 400)
     work.reserve("a", "0:x", 500)
     assert work.others("b") == announced
     work.release("a", "0:x")
     work.release("a", "0:x")
-    assert work.others("b") == NOTHING_PLACED
+    assert work.others("b") == PlacedWork(routers=1)
     work.reserve("a", "0:x", 500)
     work.release_all("a")
-    assert work.others("b") == NOTHING_PLACED
+    assert work.others("b") == PlacedWork(routers=1)
 
 
 actions = st.lists(
@@ -126,4 +137,4 @@ def test_totals_are_never_negative_and_all_comes_off(
         for share in own:
             work.end(share)
     left = work.others("nobody") or NOTHING_PLACED
-    assert left._replace(computed_tokens=0, computed_pairs=0) == NOTHING_PLACED
+    assert left._replace(computed_tokens=0, computed_pairs=0, routers=0) == NOTHING_PLACED

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.base import NOTHING_PLACED
+from engine.base import PlacedWork
 from engine.latency_model import StepTimes, StepWork
 from engine.profiles import PROFILES
 from engine.simulated.scheduler import Scheduler
@@ -180,7 +180,7 @@ def test_several_routers_serve_all_and_leave_nothing(policy: str) -> None:
         assert router.moves.counts.tickets > 20, "each has its share of the requests"
         for seen in router.pool:
             others = seen.others._replace(computed_tokens=0, computed_pairs=0)
-            assert others == NOTHING_PLACED
+            assert others == PlacedWork(routers=2)
     for worker in cluster.workers.values():
         worker.check_idle()
 
