@@ -60,7 +60,7 @@ class Pools:
         if self.at_s and cluster.now_s < self.at_s[-1] + SAMPLE_S:
             return
         self.at_s.append(cluster.now_s)
-        workers = list(cluster.router.pool)
+        workers = list(cluster.routers[0].pool)
         self.prefill.append(
             sum(each.reserved_prefill_tokens for each in workers if each.role is Role.PREFILL)
         )

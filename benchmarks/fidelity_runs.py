@@ -157,7 +157,7 @@ def run_simulated(
     """The same requests; with the reasons of placements."""
     ends: list[Ended] = []
     layout = replace(scenario.layout, **hops._asdict())
-    cluster = Cluster(layout, scenario.placement(seed), ends.append)
+    cluster = Cluster(layout, [scenario.placement(seed)], ends.append)
     cluster.run(requests)
     assert all(each.end is End.COMPLETE for each in ends)
     cached = sum(worker.cached_tokens for worker in cluster.workers.values())
@@ -166,7 +166,7 @@ def run_simulated(
         [each.time_per_output_token_s for each in ends if each.time_per_output_token_s is not None],
         cached / cluster.prompt_tokens,
     )
-    return seen, Counter(map(str, cluster.router.moves.counts.decisions.elements()))
+    return seen, Counter(map(str, cluster.routers[0].moves.counts.decisions.elements()))
 
 
 def _path_of(baton: Serving) -> dict[str, list[int]]:

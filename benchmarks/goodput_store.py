@@ -38,11 +38,13 @@ def code_digest() -> str:
 
 
 class Store:
-    """All searches so far, one to a line; one that was cut off while it was written is none."""
+    """All searches so far, one to a line; one that was cut off while it was written is none. What
+    names a search is a dataclass, `Cell` or another benchmark's."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cell_type: Any = Cell) -> None:
         self._path = path
-        self._found: dict[Cell, float] = {}
+        self._cell_type = cell_type
+        self._found: dict[Any, float] = {}
         kept = ""
         for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
             if line.endswith("\n"):
@@ -51,11 +53,11 @@ class Store:
         if path.exists():
             path.write_text(kept)
 
-    def goodput(self, cell: Cell) -> float | None:
+    def goodput(self, cell: Any) -> float | None:
         """Requests per second, if the search is over."""
         return self._found.get(cell)
 
-    def add(self, cell: Cell, goodput_rps: float, made: list[dict[str, Any]]) -> None:
+    def add(self, cell: Any, goodput_rps: float, made: list[dict[str, Any]]) -> None:
         """A search is over."""
         line = {**asdict(cell), "goodput_rps": round(goodput_rps, 4), "runs": made}
         with self._path.open("a") as file:
@@ -63,5 +65,5 @@ class Store:
         self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
-        cell = Cell(**{name: line[name] for name in Cell.__slots__})
+        cell = self._cell_type(**{name: line[name] for name in self._cell_type.__slots__})
         self._found[cell] = line["goodput_rps"]

@@ -77,7 +77,7 @@ def serve(
         counts = [placement.counts.in_flight(worker) for worker in cluster.workers]
         spreads.append(max(counts) - min(counts))
 
-    cluster = Cluster(layout, placement, on_end)
+    cluster = Cluster(layout, [placement], on_end)
     cluster.run(requests)
     cached = sum(worker.cached_tokens for worker in cluster.workers.values())
     return Seen(

@@ -100,7 +100,7 @@ def simulate(policy: str, seed: int = 0) -> dict[int, Stage]:
         ends[stage_of[ended.key]].append(ended)
 
     placement = policy_named(policy)(setup, Slo(2.0, 0.05))
-    Cluster(layout, placement, on_end).run(request for _, request in made)
+    Cluster(layout, [placement], on_end).run(request for _, request in made)
     return {rate: _stage(stage_ends) for rate, stage_ends in zip(RATES_RPS, ends, strict=True)}
 
 

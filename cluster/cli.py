@@ -140,6 +140,9 @@ def simulate(
         float | None,
         typer.Option(min=0.01, max=1.0, help="Of a plan: share of requests; default 0.9."),
     ] = None,
+    routers: Annotated[
+        int, typer.Option(min=1, help="Before the same workers; requests are spread by chance.")
+    ] = 1,
     reports: Annotated[
         list[Path] | None, typer.Option("--report", help="Write curves: to NAME.html or NAME.png.")
     ] = None,
@@ -154,7 +157,7 @@ def simulate(
 
         question = Question(
             workload, model, gpus, prefill, policy, slo, rate, minutes, seed,
-            tuple(reports or ()), plan, attainment,
+            tuple(reports or ()), plan, attainment, routers,
         )  # fmt: skip
         run(question, Console(highlight=False), Console(stderr=True))
 

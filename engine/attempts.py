@@ -12,6 +12,7 @@ from itertools import chain
 
 from engine import outputs
 from engine.outputs import Output, may_end_a_merge, merged
+from engine.work_by_router import Share, WorkByRouter
 from protos import enginecore, sampling, worker_pb2
 from protos.enginecore import EngineOutput, EngineRequest
 
@@ -29,6 +30,7 @@ class Attempt:
     front_request_id: str
     hand_off: bool
     first_position: int
+    share: Share
     guided: bool = False
     """Its output follows a grammar or schema."""
     outputs: list[Output] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Attempts:
     def __init__(self, max_model_len_tokens: int, vocabulary_tokens: int | None = None) -> None:
         self._max_model_len_tokens = max_model_len_tokens
         self._vocabulary_tokens = vocabulary_tokens
+        self.work = WorkByRouter()
         self._by_engine_id: dict[str, Attempt] = {}
         self._latest: dict[tuple[str, str], Attempt] = {}
 
@@ -88,13 +91,15 @@ class Attempts:
         sampling.check(request.sampling_params or {})
         self._check_length(request, len(submit.output_token_ids))
         self._check_vocabulary(request)
+        hand_off = submit.hand_off and self._goes_on_after_first_token(request)
         attempt = Attempt(
             router_id=router_id,
             request_key=submit.request_key,
             number=submit.attempt,
             front_request_id=request.request_id,
-            hand_off=submit.hand_off and self._goes_on_after_first_token(request),
+            hand_off=hand_off,
             first_position=len(submit.output_token_ids),
+            share=self._share(router_id, submit, request, hand_off),
             guided=bool((request.sampling_params or {}).get("structured_outputs")),
             next_position=len(submit.output_token_ids),
         )
@@ -110,8 +115,22 @@ class Attempts:
             return request, []
         # Blocks of one that was handed off are left to their lease: they may be being read.
         fenced = [] if latest.ended else [latest.engine_id]
-        latest.ended = latest.aborted = True
+        self._end(latest)
+        latest.aborted = True
         return request, fenced
+
+    def _share(
+        self, router_id: str, submit: worker_pb2.Submit, request: EngineRequest, hand_off: bool
+    ) -> Share:
+        tokens = len(request.prompt_token_ids or ()) + len(submit.output_token_ids)
+        # Of a router that does not say, nothing is thought to be cached.
+        self.work.release(router_id, submit.request_key)
+        to_compute = 0 if submit.manifest else min(submit.to_compute_tokens or tokens, tokens)
+        return self.work.add(router_id, tokens, to_compute, decodes=not hand_off)
+
+    def _end(self, attempt: Attempt) -> None:
+        attempt.ended = True
+        self.work.end(attempt.share)
 
     def _check_length(self, request: EngineRequest, output_tokens: int) -> None:
         # Fronts check it too, but a prompt that doesn't fit would end the engine.
@@ -144,7 +163,10 @@ class Attempts:
         attempt = self._by_engine_id.get(output.request_id)
         if attempt is None or attempt.ended:
             return None
-        attempt.ended = output.finish_reason is not None
+        if not attempt.share.begun:
+            self.work.begin(attempt.share)
+        if output.finish_reason is not None:
+            self._end(attempt)
         position = attempt.next_position
         attempt.next_position += len(output.new_token_ids)
         attempt.outputs.append(
@@ -175,7 +197,8 @@ class Attempts:
         attempt = self.find(router_id, request_key, number)
         if attempt is None:
             return None
-        attempt.ended = attempt.aborted = True
+        self._end(attempt)
+        attempt.aborted = True
         return attempt.engine_id
 
     def forget(self, router_id: str, request_key: str, number: int) -> str | None:
@@ -183,6 +206,7 @@ class Attempts:
         attempt = self.find(router_id, request_key, number)
         if attempt is None:
             return None
+        self.work.end(attempt.share)
         del self._by_engine_id[attempt.engine_id]
         if self._latest.get((router_id, request_key)) is attempt:
             del self._latest[router_id, request_key]
@@ -197,7 +221,9 @@ class Attempts:
         return [a for a in self._by_engine_id.values() if a.router_id == router_id]
 
     def hold_back(self, router_id: str) -> list[worker_pb2.Held]:
-        """A router (re)attaches: what is kept for it. Nothing of it goes out until it asks."""
+        """A router (re)attaches: what is kept for it. Nothing of it goes out until it asks. What it
+        reserved may not be wanted any more."""
+        self.work.release_all(router_id)
         kept = self.of_router(router_id)
         for attempt in kept:
             attempt.sent_outputs = None

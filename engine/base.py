@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, NamedTuple, Protocol
 
 from protos.block_events import BlockEvent
 from protos.enginecore import EngineOutput, EngineRequest
@@ -42,6 +42,34 @@ class EngineLoad:
     kv_blocks_total: int = 0
     step_time_s: float = 0.0
     """From the step before to this one; 0 after idling."""
+
+
+class PlacedWork(NamedTuple):
+    """What one router or several have on an engine."""
+
+    prompts: int = 0
+    """That are not computed."""
+    prompt_tokens: int = 0
+    """Of these, what is to be computed."""
+    prompt_pairs: int = 0
+    """Of these, (token to be computed, token that it attends to)."""
+    computed_tokens: int = 0
+    """Of prompts that are computed; grows, except when one of the routers is forgotten."""
+    computed_pairs: int = 0
+    decodes: int = 0
+    """Requests that decode there, or will after their prompt."""
+    context_tokens: int = 0
+    """Theirs when they were submitted."""
+    running: int = 0
+    """Of these, those that decode now."""
+    running_context_tokens: int = 0
+    coming_tokens: int = 0
+    """Of KV state that is to be computed or fetched."""
+    routers: int = 0
+    """How many these are."""
+
+
+NOTHING_PLACED: Final = PlacedWork()
 
 
 @dataclass(slots=True)

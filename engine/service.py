@@ -1,9 +1,10 @@
 """The worker: an engine on one side, routers on the other, over gRPC.
 
-At most one message per engine step and router carries all its new tokens, the worker's load and
-what changed in its prefix cache. A router that reads slowly gets the outputs of several steps in
-one message; none waits for another, and none makes the worker keep more for it than its requests'
-outputs.
+At most one message per engine step and router carries all its new tokens, the worker's load, what
+other routers have there and what changed in its prefix cache. Between steps routers are told what
+others have given to the worker or taken back. A router that reads slowly gets the outputs of
+several steps in one message; none waits for another, and none makes the worker keep more for it
+than its requests' outputs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import msgspec
 
 from engine.attempts import Attempt, Attempts
 from engine.base import Engine, EngineInfo, EngineLoad
+from engine.paced import Paced
 from engine.router_link import RouterLink
 from engine.spec import WorkerSpec
 from engine.watch import AwakeClock
@@ -38,6 +40,8 @@ ROUTER_GRACE_S: Final = 10.0
 METRICS_INTERVAL_S: Final = 1.0
 LOAD_INTERVAL_S: Final = 0.25
 """How often a router learns the load of a worker that has nothing for it."""
+OTHERS_INTERVAL_S: Final = 0.005
+"""How often at most routers are told of others' work alone."""
 LAST_WORDS_STATUS: Final = grpc.StatusCode.ABORTED
 """With it a worker whose engine is gone ends its links; the details tell why."""
 
@@ -67,6 +71,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Of routers whose requests are kept, by `_awake`."""
         self._counters: dict[str, float] = defaultdict(float)
         self._last_words = ""
+        self._tell_others = Paced(self._tell_others_work, OTHERS_INTERVAL_S)
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -101,15 +106,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 if attempt is not None and attempt.has_unsent:
                     by_router[attempt.router_id].append(attempt)
             cache_changed = self._cache.take(step.block_events)
-            load = self._load_message()
             for router_id, link in self._links.items():
                 attempts = by_router.get(router_id, [])
                 if attempts or cache_changed:
-                    link.put(load, attempts)
+                    link.put(self._load_message(router_id), attempts)
+            self._work_may_have_changed()
 
     async def stop_serving(self, why: str = "") -> None:
         """End the links and refuse new ones. The routers are told why, if it is no orderly end."""
         self._last_words = why
+        self._tell_others.stop()
         for task in self._tasks:
             task.cancel()
         for link in self._links.values():
@@ -212,6 +218,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                         return  # Its successor has attached; what comes late is fenced.
                     for command in message.commands:
                         self._handle(link, command)
+                    self._work_may_have_changed()
         finally:
             # Also after a defect: a link that hears nothing must not look alive.
             link.close()
@@ -229,11 +236,20 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             attempt = self._attempts.find(link.router_id, resend.request_key, resend.attempt)
             if attempt is not None:
                 self._attempts.resend(attempt, resend.from_position)
-                link.put(self._load_message(), [attempt])
+                link.put(self._load_message(link.router_id), [attempt])
         elif command.HasField("forget"):
             self._forget(link, command.forget)
         elif command.HasField("ask_cache"):
             link.ask_cache()
+        elif command.HasField("reserve"):
+            self._reserve(link, command.reserve)
+
+    def _reserve(self, link: RouterLink, reserve: worker_pb2.Reserve) -> None:
+        work = self._attempts.work
+        if reserve.context_tokens:
+            work.reserve(link.router_id, reserve.request_key, reserve.context_tokens)
+        else:
+            work.release(link.router_id, reserve.request_key)
 
     def _forget(self, link: RouterLink, forget: worker_pb2.Forget) -> None:
         attempt = self._attempts.find(link.router_id, forget.request_key, forget.attempt)
@@ -252,7 +268,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             request, fenced = self._attempts.submit(link.router_id, submit)
         except (msgspec.DecodeError, ValueError) as error:
             failed = self._attempts.fail(link.router_id, submit, str(error))
-            link.refuse(failed, self._load_message())
+            link.refuse(failed, self._load_message(link.router_id))
             return
         if fenced:
             self._engine.abort(fenced)
@@ -279,6 +295,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._engine.abort([attempt.engine_id for attempt in kept if not attempt.ended])
         for attempt in kept:
             self._attempts.forget(router_id, attempt.request_key, attempt.number)
+        self._attempts.work.forget(router_id)
         if kept:
             logger.warning("router %s stayed away; dropped its %d requests", router_id, len(kept))
 
@@ -291,17 +308,27 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if time.monotonic() >= metrics_due_s:
                 metrics_due_s = time.monotonic() + METRICS_INTERVAL_S
                 metrics = worker_pb2.Metrics(values=self._figures())
-            for link in self._links.values():
-                link.put(self._load_message(), metrics=metrics)
+            for router_id, link in self._links.items():
+                link.put(self._load_message(router_id), metrics=metrics)
 
-    def _load_message(self) -> worker_pb2.Load:
-        load = self._load
+    def _work_may_have_changed(self) -> None:
+        if self._attempts.work.changed_beside(self._links):
+            self._tell_others.want()
+
+    def _tell_others_work(self) -> None:
+        for router_id in self._attempts.work.changed_beside(self._links):
+            self._links[router_id].put(self._load_message(router_id, after_step=False))
+        self._attempts.work.told()
+
+    def _load_message(self, router_id: str, *, after_step: bool = True) -> worker_pb2.Load:
+        load, others = self._load, self._attempts.work.others(router_id)
         return worker_pb2.Load(
             running=load.running,
             waiting=load.waiting,
             kv_blocks_used=load.kv_blocks_used,
             kv_blocks_total=load.kv_blocks_total,
-            step_time_s=load.step_time_s,
+            step_time_s=load.step_time_s if after_step else 0.0,
+            others=None if others is None else worker_pb2.PlacedWork(**others._asdict()),
         )
 
     def _figures(self) -> dict[str, float]:

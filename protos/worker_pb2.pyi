@@ -33,18 +33,20 @@ class RouterMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Iterable[_Union[Command, _Mapping]]] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("submit", "abort", "resend", "forget", "ask_cache")
+    __slots__ = ("submit", "abort", "resend", "forget", "ask_cache", "reserve")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RESEND_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
     ASK_CACHE_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     abort: Abort
     resend: Resend
     forget: Forget
     ask_cache: AskCache
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., ask_cache: _Optional[_Union[AskCache, _Mapping]] = ...) -> None: ...
+    reserve: Reserve
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., ask_cache: _Optional[_Union[AskCache, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "router_incarnation")
@@ -55,7 +57,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., router_incarnation: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_key", "attempt", "engine_tag", "engine_request", "output_token_ids", "manifest", "hand_off")
+    __slots__ = ("request_key", "attempt", "engine_tag", "engine_request", "output_token_ids", "manifest", "hand_off", "to_compute_tokens")
     REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ENGINE_TAG_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +65,7 @@ class Submit(_message.Message):
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     HAND_OFF_FIELD_NUMBER: _ClassVar[int]
+    TO_COMPUTE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_key: str
     attempt: int
     engine_tag: str
@@ -70,7 +73,8 @@ class Submit(_message.Message):
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     manifest: bytes
     hand_off: bool
-    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., engine_tag: _Optional[str] = ..., engine_request: _Optional[bytes] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., manifest: _Optional[bytes] = ..., hand_off: _Optional[bool] = ...) -> None: ...
+    to_compute_tokens: int
+    def __init__(self, request_key: _Optional[str] = ..., attempt: _Optional[int] = ..., engine_tag: _Optional[str] = ..., engine_request: _Optional[bytes] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., manifest: _Optional[bytes] = ..., hand_off: _Optional[bool] = ..., to_compute_tokens: _Optional[int] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("request_key", "attempt")
@@ -101,6 +105,14 @@ class Forget(_message.Message):
 class AskCache(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Reserve(_message.Message):
+    __slots__ = ("request_key", "context_tokens")
+    REQUEST_KEY_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_key: str
+    context_tokens: int
+    def __init__(self, request_key: _Optional[str] = ..., context_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("welcome", "step", "metrics", "cache_snapshot")
@@ -225,18 +237,46 @@ class PromptUse(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "step_time_s")
+    __slots__ = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "step_time_s", "others")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     STEP_TIME_S_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
     step_time_s: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., step_time_s: _Optional[float] = ...) -> None: ...
+    others: PlacedWork
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., step_time_s: _Optional[float] = ..., others: _Optional[_Union[PlacedWork, _Mapping]] = ...) -> None: ...
+
+class PlacedWork(_message.Message):
+    __slots__ = ("prompts", "prompt_tokens", "prompt_pairs", "computed_tokens", "computed_pairs", "decodes", "context_tokens", "running", "running_context_tokens", "coming_tokens", "routers")
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    DECODES_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    prompts: int
+    prompt_tokens: int
+    prompt_pairs: int
+    computed_tokens: int
+    computed_pairs: int
+    decodes: int
+    context_tokens: int
+    running: int
+    running_context_tokens: int
+    coming_tokens: int
+    routers: int
+    def __init__(self, prompts: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prompt_pairs: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., computed_pairs: _Optional[int] = ..., decodes: _Optional[int] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., running_context_tokens: _Optional[int] = ..., coming_tokens: _Optional[int] = ..., routers: _Optional[int] = ...) -> None: ...
 
 class Metrics(_message.Message):
     __slots__ = ("values",)

@@ -47,6 +47,7 @@ from router.core.events import (
     RequestArrived,
     RequestRecovered,
     Resend,
+    Reserve,
     Role,
     SnapshotTaken,
     Submit,
@@ -183,7 +184,7 @@ class RouterProcess:
         if isinstance(command, anchor_link.Deliver):
             assert self._anchor is not None
             self._anchor.deliver(command)
-        elif isinstance(command, Submit | AbortOn | Forget | Resend | AskCache):
+        elif isinstance(command, Submit | Reserve | AbortOn | Forget | Resend | AskCache):
             self._links.send(command)
         elif isinstance(command, Ended):
             self._measured.observe(command)

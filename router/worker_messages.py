@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.base import EngineLoad
+from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
 from kvstore.content import ADDRESS_BYTES
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos import worker_pb2
@@ -17,25 +17,30 @@ from router.core.events import (
     OutputReport,
     PromptUse,
     Resend,
+    Reserve,
     Role,
     StepReported,
     Submit,
     WorkerUp,
 )
 
-ToWorker = Submit | AbortOn | Forget | Resend | AskCache
+ToWorker = Submit | Reserve | AbortOn | Forget | Resend | AskCache
 
 
 def command_of(command: ToWorker) -> worker_pb2.Command:
     """A command to a worker, as it is sent."""
     if isinstance(command, AskCache):
         return worker_pb2.Command(ask_cache=worker_pb2.AskCache())
+    if isinstance(command, Reserve):
+        reserve = worker_pb2.Reserve(request_key=command.key, context_tokens=command.context_tokens)
+        return worker_pb2.Command(reserve=reserve)
     key, attempt = command.key, command.attempt
     if isinstance(command, Submit):
         submit = worker_pb2.Submit(
             request_key=key, attempt=attempt, engine_tag=ENGINE_TAG,
             engine_request=command.engine_request, output_token_ids=command.output_token_ids,
             manifest=command.manifest, hand_off=command.hand_off,
+            to_compute_tokens=command.to_compute_tokens,
         )  # fmt: skip
         return worker_pb2.Command(submit=submit)
     if isinstance(command, AbortOn):
@@ -67,7 +72,7 @@ def worker_up(welcome: worker_pb2.Welcome) -> WorkerUp:
 def step_reported(
     worker: WorkerId, incarnation: Incarnation, step: worker_pb2.Step
 ) -> StepReported:
-    """What an engine's step made, and the load after it."""
+    """What an engine's step made, the load after it, and what other routers have there."""
     load = step.load
     return StepReported(
         worker,
@@ -76,7 +81,16 @@ def step_reported(
         EngineLoad(
             load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.step_time_s
         ),
+        _placed(load.others) if load.HasField("others") else NOTHING_PLACED,
     )
+
+
+def _placed(told: worker_pb2.PlacedWork) -> PlacedWork:
+    return PlacedWork(
+        told.prompts, told.prompt_tokens, told.prompt_pairs, told.computed_tokens,
+        told.computed_pairs, told.decodes, told.context_tokens, told.running,
+        told.running_context_tokens, told.coming_tokens, told.routers,
+    )  # fmt: skip
 
 
 def cache_changed(

@@ -37,7 +37,9 @@ def simulate(question: Question, console: Console, progress: Console) -> None:
     reaching = check_reachable(profiles, slo, begin_of(question, workload))
     count, last_s = workload.extent()
     bar = Bar(progress)
-    study = Study(workload, question.policy, slo, question.seed, count, last_s, bar)
+    study = Study(
+        workload, question.policy, slo, question.seed, count, last_s, bar, question.routers
+    )
     if question.plan:
         with bar:
             plan = plan_command.search(question, reaching, study)
@@ -70,9 +72,10 @@ def _table(question: Question, layout: Layout, outcome: Outcome) -> Table:
         ("busy, least to most", f"{min(outcome.busy.values()):.0%} to "
                                 f"{max(outcome.busy.values()):.0%}"),
     ]  # fmt: skip
+    before = f", {question.routers} routers before them" if question.routers > 1 else ""
     table = Table(
         title=f"{question.policy} on {layout.prefill} prefill and {layout.decode} decode engines "
-        f"of {question.model}",
+        f"of {question.model}{before}",
         show_header=False,
     )
     for row in rows:

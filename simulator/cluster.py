@@ -1,13 +1,16 @@
-"""The simulated cluster: a router's core and simulated engines on one virtual clock.
+"""The simulated cluster: routers' cores and simulated engines on one virtual clock.
 
-The router's core and its policy are the live ones; engines are `engine.simulated`; between them is
-a link that takes its time. One event after another, in the order of their times and, at one time,
-of their making: the same inputs give the same run.
+A router's core and its policy are the live ones; engines are `engine.simulated`; between them are
+links that take their time. Of several routers each gets the requests that chance gives it; all see
+the same workers, which tell each what the others have there, as live ones do: with every step, and
+soon after a change. One event after another, in the order of their times and, at one time, of their
+making: the same inputs give the same run.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -17,6 +20,7 @@ from engine.profiles import EngineProfile
 from protos.ids import RequestKey, TicketId, WorkerId
 from router.core.events import (
     AbortOn,
+    CacheReported,
     Command,
     Demand,
     Ended,
@@ -24,9 +28,11 @@ from router.core.events import (
     MemberFacts,
     MembershipChanged,
     RequestArrived,
+    Reserve,
     Role,
     Shape,
     SnapshotTaken,
+    StepReported,
     Submit,
     Terms,
     Tick,
@@ -41,6 +47,8 @@ from simulator.traces import BLOCK_TOKENS, TracedRequest
 from simulator.worker import INCARNATION, Asked, SimulatedWorker
 
 TICK_S: Final = 0.5
+OTHERS_INTERVAL_S: Final = 0.005
+"""As `engine.service`'s."""
 _PATH: Final = "/v1/completions"
 _BYTES_PER_TOKEN: Final = 4.0
 
@@ -63,13 +71,13 @@ class Layout:
 
 
 class Cluster:
-    """One router and its workers. `on_end` is told of every request that was let in, with times as
-    its client sees them."""
+    """Routers, one for each policy object, and their workers. `on_end` is told of every request
+    that was let in, with times as its client sees them."""
 
     def __init__(
         self,
         layout: Layout,
-        placement: Placement,
+        placements: Sequence[Placement],
         on_end: Callable[[Ended], None],
         on_refusal: Callable[[], None] = lambda: None,
         promises: Promises = NOTHING_PROMISED,
@@ -84,7 +92,7 @@ class Cluster:
         self._front_s = layout.front_in_s + layout.front_out_s
         self._on_end = on_end
         self._on_refusal = on_refusal
-        self._bodies = Random(0)
+        self._bodies, self._spread = Random(0), Random(0)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._made = 0
         self._asked: dict[RequestKey, Asked] = {}
@@ -97,7 +105,7 @@ class Cluster:
             promises=promises,
             fetches_prefixes=True,
         )
-        self.router = RouterCore(settings, placement)
+        self.routers = [RouterCore(settings, placement) for placement in placements]
         manifests: dict[bytes, dict[str, object]] = {}
         names = [(Role.PREFILL, n) for n in range(layout.prefill)]
         names += [(Role.DECODE, n) for n in range(layout.decode)]
@@ -111,7 +119,10 @@ class Cluster:
             )
         }
         self._due_s: dict[WorkerId, float | None] = dict.fromkeys(self.workers)
-        self._start()
+        self._tells_s: dict[WorkerId, float] = dict.fromkeys(self.workers, -math.inf)
+        """When each tells, or last told, of others' work between steps."""
+        for router in range(len(self.routers)):
+            self._start(router)
 
     def run(
         self, requests: Iterable[TracedRequest], enough: Callable[[], bool] = lambda: False
@@ -125,16 +136,16 @@ class Cluster:
             self.now_s, _, act = heapq.heappop(events)
             act(self.now_s)
 
-    def _start(self) -> None:
+    def _start(self, router: int) -> None:
         facts = tuple(
             MemberFacts(each.id, each.role, False, INCARNATION, "")
             for each in self.workers.values()
         )
-        self._feed(MembershipChanged(facts))
-        self._feed(SnapshotTaken(()))
+        self._feed(router, MembershipChanged(facts))
+        self._feed(router, SnapshotTaken(()))
         for worker in self.workers.values():
-            self._feed(worker.up())
-            self._feed(worker.cache())
+            self._feed(router, worker.up())
+            self._feed(router, worker.cache())
 
     def _at(self, time_s: float, act: Callable[[float], None]) -> None:
         self._made += 1
@@ -160,22 +171,23 @@ class Cluster:
         self.prompt_tokens += request.input_tokens
         hashes = prompt_hashes(request, self._layout.block_tokens)
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
+        router = self._spread.randrange(len(self.routers))
         # The output's length is nobody's to know, but for its limit.
         ticket = TicketId(key)
         terms = Terms(body_bytes=self._body_bytes(request), tenant=request.client)
         asked = TicketAsked(ticket, "POST", _PATH, terms)
-        *others, decided = self.router.handle(self.now_s, asked)
+        *others, decided = self.routers[router].handle(self.now_s, asked)
         for command in others:
-            self._obey(command)
+            self._obey(router, command)
         if isinstance(decided, TicketRefused):
             self._refused(key)
             return
         shape = Shape(request.input_tokens, request.max_tokens, addresses=hashes)
         arrived = RequestArrived(key, Demand(shape, b""), ticket)
         if self._layout.front_in_s:
-            self._at(self.now_s + self._layout.front_in_s, lambda _: self._feed(arrived))
+            self._at(self.now_s + self._layout.front_in_s, lambda _: self._feed(router, arrived))
         else:
-            self._feed(arrived)
+            self._feed(router, arrived)
 
     def _body_bytes(self, request: TracedRequest) -> int:
         """Texts differ in how many bytes a token is: before it is tokenised nobody knows."""
@@ -186,14 +198,14 @@ class Cluster:
         del self._asked[key]
         self._on_refusal()
 
-    # The router
+    # The routers
 
-    def _feed(self, event: Event) -> None:
-        for command in self.router.handle(self.now_s, event):
-            self._obey(command)
+    def _feed(self, router: int, event: Event) -> None:
+        for command in self.routers[router].handle(self.now_s, event):
+            self._obey(router, command)
 
-    def _obey(self, command: Command) -> None:
-        if isinstance(command, Submit | AbortOn):
+    def _obey(self, router: int, command: Command) -> None:
+        if isinstance(command, Submit | Reserve | AbortOn):
             worker = self.workers[command.worker]
 
             def deliver(now_s: float) -> None:
@@ -202,9 +214,12 @@ class Cluster:
                     if (fetch := command.fetch) is not None:
                         hashes = asked.prompt_hashes[: fetch.blocks]
                         lent = self.workers[fetch.worker].lend(hashes)
-                    worker.submit(now_s, command, asked, lent)
+                    worker.submit(now_s, router, command, asked, lent)
+                elif isinstance(command, Reserve):
+                    worker.reserve(router, command)
                 else:
                     worker.abort(now_s, command)
+                self._tell_others(now_s, worker)
                 self._wake(now_s, worker)
 
             self._at(self.now_s + self._layout.link_s, deliver)
@@ -221,7 +236,8 @@ class Cluster:
         return replace(ended, time_to_first_token_s=ttft_s + front_s)
 
     def _tick(self, now_s: float) -> None:
-        self._feed(Tick())
+        for router in range(len(self.routers)):
+            self._feed(router, Tick())
         if self._arriving or self.under_way:
             self._at(now_s + TICK_S, self._tick)
 
@@ -238,17 +254,34 @@ class Cluster:
         if self._due_s[worker.id] != now_s:
             return  # Something came in between, and it was planned anew.
         self._due_s[worker.id] = None
-        told = worker.finish(now_s)
-        if told is not None:
-
-            def report(_: float) -> None:
-                step, cache = told
-                self._feed(step)
-                if cache is not None:
-                    self._feed(cache)
-
-            self._at(now_s + self._layout.link_s, report)
+        told = worker.finish(now_s, len(self.routers))
+        if told:
+            self._report(now_s, enumerate(told))
         self._wake(now_s, worker)
+
+    def _report(
+        self, now_s: float, told: Iterable[tuple[int, Sequence[StepReported | CacheReported]]]
+    ) -> None:
+        def arrive(_: float) -> None:
+            for router, reports in told:
+                for report in reports:
+                    self._feed(router, report)
+
+        self._at(now_s + self._layout.link_s, arrive)
+
+    def _tell_others(self, now_s: float, worker: SimulatedWorker) -> None:
+        """Of what a router has just given to it or taken back; not too often."""
+        if len(self.routers) == 1 or self._tells_s[worker.id] > now_s:
+            return  # It will tell of this with what came before.
+        tells_s = self._tells_s[worker.id] = max(
+            now_s, self._tells_s[worker.id] + OTHERS_INTERVAL_S
+        )
+
+        def tell(at_s: float) -> None:
+            reports = worker.told_of_others(len(self.routers))
+            self._report(at_s, [(router, [report]) for router, report in reports])
+
+        self._at(tells_s, tell)
 
 
 def prompt_hashes(request: TracedRequest, block_tokens: int) -> Sequence[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Final
@@ -77,23 +77,42 @@ def run(
     knobs: Mapping[str, float] | None = None,
     misses_allowed: int | None = None,
     watch: Callable[[Cluster], None] = lambda cluster: None,
+    routers: int = 1,
 ) -> Outcome:
     """Serve a workload to its end, or until more requests were not served as promised than are
     allowed. The same arguments give the same outcome. `watch` is shown the cluster after every
     event."""
+    make = policy_named(policy)
+    placements = [make(setup_of(layout, seed, router, knobs), slo) for router in range(routers)]
+    return serve(layout, placements, slo, requests, misses_allowed, watch)
+
+
+def setup_of(
+    layout: Layout, seed: int = 0, router: int = 0, knobs: Mapping[str, float] | None = None
+) -> Setup:
+    """What one router's policy is made from: each has chances of its own."""
     profile = layout.profile
-    setup = Setup(
-        rng=Random(seed),
+    return Setup(
+        rng=Random(f"{seed} {router}" if router else seed),
         times=StepTimes(profile.timing(layout.block_tokens)),
         max_step_tokens=profile.max_step_tokens,
         max_running_requests=profile.max_running_requests,
         knobs=knobs or {},
     )
+
+
+def serve(
+    layout: Layout,
+    placements: Sequence[Placement],
+    slo: Slo,
+    requests: Iterable[TracedRequest],
+    misses_allowed: int | None = None,
+    watch: Callable[[Cluster], None] = lambda cluster: None,
+) -> Outcome:
+    """As `run`, with a router for each of these policies."""
     measured = Measurement(slo)
     promises = Promises(slo.ttft_s, slo.tpot_s)
-    cluster = Cluster(
-        layout, policy_named(policy)(setup, slo), measured.observe, measured.refuse, promises
-    )
+    cluster = Cluster(layout, placements, measured.observe, measured.refuse, promises)
 
     def enough() -> bool:
         watch(cluster)

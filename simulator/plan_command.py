@@ -144,6 +144,8 @@ def _simulate_command(question: Question, chosen: Trial) -> str:
              "--minutes", f"{question.minutes:.12g}", "--seed", f"{question.seed}"]  # fmt: skip
     if question.rate_rps is not None:
         words += ["--rate", f"{question.rate_rps:.12g}"]
+    if question.routers > 1:
+        words += ["--routers", f"{question.routers}"]
     return shlex.join(words)
 
 

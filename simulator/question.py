@@ -47,6 +47,7 @@ class Question:
     plan: bool
     attainment: float | None
     """The share of requests that a plan is to serve as promised."""
+    routers: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class Study:
     last_s: float
     """When the last one arrives."""
     bar: Bar
+    routers: int = 1
 
     def run(
         self, layout: Layout, *, factor: float = 1.0, misses_allowed: int | None = None,
@@ -35,8 +36,9 @@ class Study:
         self.bar.begin(f"{in_words(layout)}{at}", runs_after)
         requests = sped_up(self.bar.watched(self.workload.requests(), self.requests), factor)
         outcome = run(
-            layout, self.policy, self.slo, requests, self.seed, misses_allowed=misses_allowed
-        )
+            layout, self.policy, self.slo, requests, self.seed, misses_allowed=misses_allowed,
+            routers=self.routers,
+        )  # fmt: skip
         self.bar.end()
         return outcome
 

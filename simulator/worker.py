@@ -7,14 +7,16 @@ many at a time, ended early where something comes in between, which changes no t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
+from engine.base import NOTHING_PLACED, EngineLoad
 from engine.latency_model import StepTimes
 from engine.profiles import EngineProfile
 from engine.simulated.core import SimulatedCore
 from engine.simulated.request import CountedRequest, Manifest
 from engine.simulated.scheduler import SimulatedLimits
+from engine.work_by_router import Share, WorkByRouter
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos.enginecore import ENGINE_TAG, FINISH_LENGTH, EngineOutput
 from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
@@ -24,6 +26,7 @@ from router.core.events import (
     Finish,
     OutputReport,
     PromptUse,
+    Reserve,
     Role,
     StepReported,
     Submit,
@@ -54,6 +57,8 @@ class _Attempt:
     """Output tokens that the router knows."""
     handed_over: bool
     """Another worker computed its prompt."""
+    router: int
+    share: Share
 
 
 @dataclass(slots=True)
@@ -76,7 +81,9 @@ class SimulatedWorker:
     manifests: dict[bytes, dict[str, Any]]
     """Of all workers, by name: where handed-off blocks are."""
     _engine: SimulatedCore = field(init=False)
+    work: WorkByRouter = field(default_factory=WorkByRouter)
     _attempts: dict[str, _Attempt] = field(default_factory=dict)
+    _load: EngineLoad = field(default_factory=EngineLoad)
     _steps: _Steps | None = None
     _arrivals: int = 0
     _changes: int = 0
@@ -127,8 +134,9 @@ class SimulatedWorker:
         return Manifest(self.id, request_id="", block_ids=(), tokens=tokens, digest="")
 
     def submit(
-        self, now_s: float, command: Submit, asked: Asked, lent: Manifest | None = None
-    ) -> None:
+        self, now_s: float, router: int, command: Submit, asked: Asked,
+        lent: Manifest | None = None,
+    ) -> None:  # fmt: skip
         """Take a router's request; where it says what to fetch of the prompt, with what was lent
         of that."""
         self._interrupt(now_s)
@@ -146,17 +154,29 @@ class SimulatedWorker:
             source=handed_over or lent,
             prompt_hashes=asked.prompt_hashes,
         )
+        to_compute = 0 if handed_over is not None else command.to_compute_tokens or known
+        self.work.release(str(router), command.key)
+        share = self.work.add(str(router), known, to_compute, decodes=not command.hand_off)
         self._attempts[request_id] = _Attempt(
             command.key, command.attempt, request, len(command.output_token_ids),
-            handed_over=handed_over is not None,
+            handed_over is not None, router, share,
         )  # fmt: skip
         self._engine.enter(request)
+
+    def reserve(self, router: int, command: Reserve) -> None:
+        """Take what a router says will come, or that it won't."""
+        if command.context_tokens:
+            self.work.reserve(str(router), command.key, command.context_tokens)
+        else:
+            self.work.release(str(router), command.key)
 
     def abort(self, now_s: float, command: AbortOn) -> None:
         """End an attempt, or free the blocks that it left."""
         self._interrupt(now_s)
         request_id = f"{command.key}#{command.attempt}"
-        self._attempts.pop(request_id, None)
+        attempt = self._attempts.pop(request_id, None)
+        if attempt is not None:
+            self.work.end(attempt.share)
         self.manifests.pop(request_id.encode(), None)
         self._engine.abort([request_id])
 
@@ -174,18 +194,40 @@ class SimulatedWorker:
             self._steps = _Steps(now_s, now_s + duration_s, count)
         return self._steps.ends_s
 
-    def finish(self, now_s: float) -> tuple[StepReported, CacheReported | None] | None:
-        """What is to be told of the steps that end now; None if none do."""
+    def finish(self, now_s: float, routers: int = 1) -> list[list[StepReported | CacheReported]]:
+        """What each router is to be told of the steps that end now; nothing if none do."""
         steps = self._steps
         if steps is None or steps.ends_s > now_s:
-            return None
+            return []
         self._steps = None
         self.busy_s += steps.ends_s - steps.began_s
         if steps.count > 1:
             self._engine.take_steps(steps.count)
         done = self._engine.finish_step(now_s)
-        reports = [self._report(output) for output in done.outputs]
-        return StepReported(self.id, INCARNATION, reports, done.load), self._cache_change()
+        outputs: list[list[OutputReport]] = [[] for _ in range(routers)]
+        for output in done.outputs:
+            outputs[self._attempts[output.request_id].router].append(self._report(output))
+        told: list[list[StepReported | CacheReported]] = [
+            [self._step(router, outputs[router], done.load)] for router in range(routers)
+        ]
+        # What is told of it between steps is no step's.
+        self._load = replace(done.load, step_time_s=0.0)
+        change = self._cache_change()
+        if change is not None:
+            for reports in told:
+                reports.append(change)
+        self.work.told()
+        return told
+
+    def told_of_others(self, routers: int) -> list[tuple[int, StepReported]]:
+        """Routers that are to be told of others' work, which changed between steps."""
+        beside = self.work.changed_beside(str(router) for router in range(routers))
+        self.work.told()
+        return [(int(router), self._step(int(router), [], self._load)) for router in beside]
+
+    def _step(self, router: int, outputs: list[OutputReport], load: EngineLoad) -> StepReported:
+        others = self.work.others(str(router)) or NOTHING_PLACED
+        return StepReported(self.id, INCARNATION, outputs, load, others)
 
     def check_idle(self) -> None:
         """Assert that nothing is left of all that was served."""
@@ -207,11 +249,13 @@ class SimulatedWorker:
         first = attempt.told_tokens
         position = attempt.request.output_tokens
         attempt.told_tokens = position
+        if not attempt.share.begun:
+            self.work.begin(attempt.share)
         finish, manifest = Finish.NOT_FINISHED, b""
         if output.finish_reason is not None:
             assert output.finish_reason == FINISH_LENGTH
             finish = Finish.LENGTH
-            del self._attempts[output.request_id]
+            self.work.end(self._attempts.pop(output.request_id).share)
             if output.kv_transfer_params is not None:
                 manifest = output.request_id.encode()
                 self.manifests[manifest] = output.kv_transfer_params

@@ -38,7 +38,7 @@ class Columns:
         (
             self._free_s, self._first_due_s, self.waiting, self._load_s, self._load_at_s,
             self._began_s, self.decodes, self.context_tokens, self.running,
-            self.running_context_tokens, self.coming_tokens,
+            self.running_context_tokens, self.coming_tokens, self.routers,
         ) = self._rows  # fmt: skip
 
     def is_of(self, prefill: Sequence[Worker], decode: Sequence[Worker]) -> bool:

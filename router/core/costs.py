@@ -124,6 +124,12 @@ class Pricing:
             + context_tokens * timing.decode_context_token_s
         )
 
+    def prompts(self, tokens: float, pairs: float, running: float) -> tuple[float, float]:
+        """What the profile says of prompts' tokens, and how many steps they take."""
+        timing = self._timing
+        work_s = tokens * timing.prefill_token_s + pairs * timing.prefill_pair_s
+        return work_s, tokens / max(1.0, self._max_step_tokens - running)
+
     def profiled_transfer_s(self, blocks: Amount, step_s: Amount) -> Amount:
         """From a hand-off until the request is in a step: it waits for its blocks, then for the end
         of a step that is under way, half of one on average."""

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
-from engine.base import EngineLoad
+from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos.anchor_link import Deliver
 from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
@@ -274,12 +274,14 @@ class WorkerDead:
 
 
 class StepReported(Struct, frozen=True, gc=False):
-    """One engine step: its outputs for this router, and the engine's load after it."""
+    """What an engine's steps made for this router, if they made anything, and its load since."""
 
     worker: WorkerId
     incarnation: Incarnation
     outputs: Sequence[OutputReport]
     load: EngineLoad | None = None
+    others: PlacedWork = NOTHING_PLACED
+    """What other routers have there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +348,20 @@ class Submit:
     hand_off: bool = False
     fetch: PrefixFetch | None = None
     """Only where `CoreSettings.fetches_prefixes`."""
+    to_compute_tokens: int = 0
+    """Of all that it has, what no cache is expected to have; 0: its placement can't say, or another
+    worker has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Another worker computes the prompt of a request that is to decode on this one: of use to
+    other routers. It ends with the request's Submit."""
+
+    worker: WorkerId
+    key: RequestKey
+    context_tokens: int
+    """0: it will not come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,5 +434,14 @@ class Ended:
 
 
 Command: TypeAlias = (
-    Deliver | Submit | AbortOn | Forget | Resend | AskCache | TicketGranted | TicketRefused | Ended
+    Deliver
+    | Submit
+    | Reserve
+    | AbortOn
+    | Forget
+    | Resend
+    | AskCache
+    | TicketGranted
+    | TicketRefused
+    | Ended
 )

@@ -1,8 +1,8 @@
 """One worker's near future, as placement's own decisions make it: what waits and decodes there.
 
 Pure. Prompts are computed in the order of their placing; each has a time by which it should be, and
-first tokens that come earlier or later move those behind. What other routers put there is not
-in it.
+first tokens that come earlier or later move those behind. What other routers have there is known
+in sum, as the worker reports it: it takes time as well, before whatever is placed after it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from engine.base import NOTHING_PLACED, PlacedWork
 from engine.learned_times import Factor
 from protos.ids import RequestKey, WorkerId
 
@@ -58,17 +59,33 @@ class Done:
     base_s: float = 0.0
     work_s: float = 0.0
 
-    def add(self, now_s: float, part: Part, factor: Factor) -> None:
-        """One more. With the first of the next step, this step's are compared."""
+    def add(
+        self, now_s: float, began_s: float, work_s: float, base_s: float, factor: Factor
+    ) -> None:
+        """More of them; they were not begun before. With the first of the next step, this step's
+        are compared."""
         if now_s != self.at_s:
             if self.work_s:
                 # Beside a step's base, a short prompt's own time is mostly what else went on.
                 known = self.work_s / (self.work_s + self.base_s)
                 factor.observe(self.measured_s - self.base_s, self.work_s, known)
-            self.measured_s = now_s - max(part.placed_s, self.at_s)
+            self.measured_s = now_s - max(began_s, self.at_s)
             self.at_s, self.base_s, self.work_s = now_s, 0.0, 0.0
-        self.base_s = max(self.base_s, part.base_s)
-        self.work_s += part.work_s
+        self.base_s = max(self.base_s, base_s)
+        self.work_s += work_s
+
+
+class Others(NamedTuple):
+    """What other routers have on a worker, as last reported."""
+
+    placed: PlacedWork = NOTHING_PLACED
+    waiting_s: float = 0.0
+    """What their prompts that are not computed take."""
+    since_s: float = 0.0
+    """Since when there have been such prompts, if there are."""
+
+
+NO_OTHERS: Final = Others()
 
 
 class Figures(NamedTuple):
@@ -89,6 +106,8 @@ class Figures(NamedTuple):
     running: int
     running_context_tokens: float
     coming_tokens: int
+    routers: int
+    """That have work there, this one included."""
 
 
 @dataclass(slots=True)
@@ -106,7 +125,10 @@ class Forecast:
     running_context_tokens: float = 0.0
     """Of those that decode there now."""
     coming_tokens: int = 0
+    others: Others = NO_OTHERS
     done: Done = field(default_factory=Done)
+    _waiting_s: float = 0.0
+    """By how much the prompts of this router that wait there delay what comes after them."""
     _prefill_load_s: float = 0.0
     _load_at_s: float = 0.0
     _began_s: float = math.inf
@@ -119,18 +141,36 @@ class Forecast:
     def figures(self) -> Figures:
         """As it stands."""
         first = next(iter(self.prefills.values()), None)
+        others = self.others.placed
+        waiting = len(self.prefills) + others.prompts
         return Figures(
-            -math.inf if first is None else self.free_s,
+            self.free_s if waiting else -math.inf,
             math.inf if first is None else first.due_s,
-            len(self.prefills), self._prefill_load_s, self._load_at_s, self._began_s,
-            self.decodes, self.context_tokens, self.running, self.running_context_tokens,
-            self.coming_tokens,
+            waiting, self._prefill_load_s, self._load_at_s, self._began_s,
+            self.decodes + others.decodes, self.context_tokens + others.context_tokens,
+            self.running + others.running,
+            self.running_context_tokens + others.running_context_tokens,
+            self.coming_tokens + others.coming_tokens, 1 + others.routers,
         )  # fmt: skip
+
+    def hear(self, now_s: float, others: Others, added_s: float, window_s: float) -> None:
+        """What other routers have there is not what it was: so much was added to their prompts."""
+        self._catch_up(now_s)
+        placed, before = others.placed, self.others.placed
+        all_s = self._waiting_s + others.waiting_s
+        if placed.computed_tokens > before.computed_tokens:
+            # Of what is left nothing is computed yet.
+            self.free_s = now_s + all_s
+        else:
+            self.free_s = now_s + min(self.queue_s(now_s) + added_s, all_s)
+        self.others = others
+        if added_s > 0:
+            self._count_load(now_s, added_s, window_s)
 
     def queue_s(self, now_s: float) -> float:
         """How long the prompts that wait there take; what is overdue counts as due now."""
         if not self.prefills:
-            return 0.0
+            return max(0.0, self.free_s - now_s) if self.others.placed.prompts else 0.0
         return max(0.0, self.free_s + self._late_s(now_s) - now_s)
 
     def add_prefill(self, now_s: float, key: RequestKey, part: Part, window_s: float) -> None:
@@ -139,9 +179,8 @@ class Forecast:
         self.free_s = now_s + self.queue_s(now_s) + part.occupies_s
         part.due_s = self.free_s
         self.prefills[key] = part
-        self._prefill_load_s = self._load_s(now_s, window_s) + part.occupies_s
-        self._load_at_s = now_s
-        self._began_s = min(self._began_s, now_s)
+        self._waiting_s += part.occupies_s
+        self._count_load(now_s, part.occupies_s, window_s)
 
     def end_prefill(self, now_s: float, key: RequestKey) -> None:
         """It is computed, or will not be: what waits behind it comes as much sooner."""
@@ -157,7 +196,9 @@ class Forecast:
                 behind = True
                 saved_s = min(part.occupies_s, max(0.0, part.due_s - now_s))
         self.free_s -= saved_s
-        del self.prefills[key]
+        self._waiting_s -= self.prefills.pop(key).occupies_s
+        if not self.prefills:
+            self._waiting_s = 0.0  # But for rounding.
 
     def has_come(self, part: Part) -> None:
         """A part's KV state is there: it decodes from now on, if it is to."""
@@ -194,5 +235,9 @@ class Forecast:
                 part.due_s += late_s
             self.free_s += late_s
 
-    def _load_s(self, now_s: float, window_s: float) -> float:
-        return self._prefill_load_s * math.exp((self._load_at_s - now_s) / window_s)
+    def _count_load(self, now_s: float, added_s: float, window_s: float) -> None:
+        """So much more of its time goes to prompts."""
+        decayed_s = self._prefill_load_s * math.exp((self._load_at_s - now_s) / window_s)
+        self._prefill_load_s = decayed_s + added_s
+        self._load_at_s = now_s
+        self._began_s = min(self._began_s, now_s)

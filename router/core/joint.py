@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from engine.base import NOTHING_PLACED
 from engine.latency_model import StepTimes
 from engine.learned_times import LearnedTimes
 from protos.ids import RequestKey, WorkerId
@@ -34,6 +35,7 @@ from router.core.columns import Columns
 from router.core.costs import COMPARED, WEIGHTS, Asked, Found, Pricing, Slo, Weights
 from router.core.events import Role, Shape
 from router.core.forecast import Forecast, Part
+from router.core.others import hear
 from router.core.output_lengths import OutputLengths
 from router.core.placement import (
     NEVER_SPLIT,
@@ -129,14 +131,17 @@ class JointPlacement:
         if shape.fetchable and decode:
             rest = self._least(Role.DECODE, columns, last, pricing.decode(ask, there), kept)
             self._count(ask, there, key, shape, rest, None, computed=False)
-            return _decision(Reason.RESUME, shape, rest, None, kept)
+            return _decision(Reason.RESUME, shape, rest, None, kept, to_compute_tokens=0)
         best = self._best(ask, view, shape, there, kept)
         # What can't be split must not stand before others while workers of the other pool are idle.
         able = slice(None) if best.reason in NEVER_SPLIT else best.computing
         if not shape.output_tokens and pricing.all_busy(there, able, self._slo.ttft_s):
             return None
         self._count(ask, there, key, shape, best.chosen, best.first, computed=True)
-        return _decision(best.reason, shape, best.chosen, best.first, kept)
+        to_compute_tokens = ask.tokens - int(there.cached[(best.first or best.chosen).at])
+        return _decision(
+            best.reason, shape, best.chosen, best.first, kept, to_compute_tokens=to_compute_tokens
+        )
 
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
         """By the worker, or the two, that it would go to now."""
@@ -149,15 +154,17 @@ class JointPlacement:
         best = self._best(ask, view, shape, there, Shortlist())
         first = best.first or best.chosen
         queues_s = there.queue_s[best.computing]
+        # What waits at other routers is not told: it is taken to be as much as waits here.
+        routers = float(there.columns.routers.max())
         # What waits fills up the shortest queues first; those that caches made longer stay so.
-        level_s = float(queues_s.sum() + before.work_s) / len(queues_s)
+        level_s = float(queues_s.sum() + routers * before.work_s) / len(queues_s)
         prefill_s = float(there.prefill_s[first.at])
         ttft_s = max(float(there.queue_s[first.at]), level_s) + prefill_s
         at, tpot_s = best.chosen.at, best.chosen.numbers[_TPOT]
         if best.first is None and there.columns.decodes[at]:
             # What was promised to those beside it counts as well: its prompt takes time from them.
             tpot_s *= float(there.left[at] / there.left_with_it[at])
-        joined = before.requests / len(decode or prefill)
+        joined = routers * before.requests / len(decode or prefill)
         tpot_s = self._pricing.tpot_after(ask, there.columns, at, tpot_s, ttft_s, joined)
         alone_s = self._pricing.step_s(1.0, ask.context_tokens)
         return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens)
@@ -189,7 +196,7 @@ class JointPlacement:
         if part.due_s:
             forecast = self._change(part.worker)
             self._end_prompt(now_s, key, placed)
-            forecast.done.add(now_s, part, self.learned.prefill)
+            forecast.done.add(now_s, part.placed_s, part.work_s, part.base_s, self.learned.prefill)
             self.learned.first_token.observe(now_s - part.placed_s, part.ttft_s, part.ttft_share)
             forecast.has_come(part)
         if len(placed.parts) > 1:  # The other one makes the tokens.
@@ -200,13 +207,22 @@ class JointPlacement:
             self._has_come(now_s, part)
 
     def stepped(self, now_s: float, worker: Worker) -> None:
-        """A step of decodes alone tells how long those take."""
+        """What others have there is told; and a step of decodes alone tells how long those take."""
         forecast = self.forecasts.get(worker.id)
-        if forecast is None or not forecast.running or forecast.prefills:
+        before = NOTHING_PLACED if forecast is None else forecast.others.placed
+        if worker.others != before:
+            forecast = self._forecast(worker.id)
+            window_s = self._weights.share_window_s
+            hear(now_s, forecast, worker.others, self._pricing, self.learned.prefill, window_s)
+            if self._columns is not None:  # At once, since questions wait for nobody's reports.
+                self._columns.write(worker.id, forecast)
+        if forecast is None or not (there := forecast.figures()).running or there.waiting:
             return
-        # What other routers put there is taken to be like what this one did.
-        running = max(forecast.running, worker.load.running)
-        context_tokens = forecast.running_context_tokens * running / forecast.running
+        if before.prompts or worker.others.computed_tokens != before.computed_tokens:
+            return  # It computed others' prompts.
+        # What runs there before it is told of is taken to be like the rest.
+        running = max(there.running, worker.load.running)
+        context_tokens = there.running_context_tokens * running / there.running
         profiled_s = self._pricing.profiled_step_s(running, context_tokens)
         self.learned.step.observe(worker.load.step_time_s, profiled_s)
 
@@ -250,7 +266,8 @@ class JointPlacement:
         forecast.has_come(part)
         if not part.fetched_blocks:
             return
-        step_s = self._pricing.step_s(forecast.running, forecast.running_context_tokens)
+        there = forecast.figures()
+        step_s = self._pricing.step_s(there.running, there.running_context_tokens)
         profiled_s = self._pricing.profiled_transfer_s(part.fetched_blocks, step_s)
         known = profiled_s / (profiled_s + step_s)
         self.learned.transfer.observe(now_s - part.placed_s - step_s, profiled_s, known)
@@ -358,11 +375,12 @@ class JointPlacement:
 
 
 def _decision(
-    reason: Reason, shape: Shape, chosen: _Choice, first: _Choice | None, kept: Shortlist
-) -> Decision:
+    reason: Reason, shape: Shape, chosen: _Choice, first: _Choice | None, kept: Shortlist,
+    to_compute_tokens: int,
+) -> Decision:  # fmt: skip
     ttft_s = (first or chosen).numbers[_TTFT]
     return Decision(
         reason, shape.prompt_tokens, chosen.worker, first.worker if first else None, COMPARED,
         kept, predicted=Predicted(None if shape.output_tokens else ttft_s, chosen.numbers[_TPOT]),
-        left_out=kept.left_out,
+        left_out=kept.left_out, to_compute_tokens=to_compute_tokens,
     )  # fmt: skip

@@ -134,6 +134,8 @@ class Request:
     """The position of a Resend that was not answered yet."""
     prefill_reservation: Reservation | None = None
     reservation: Reservation | None = None
+    announced: Worker | None = None
+    """Which worker was told that it will decode there, and has not got it yet."""
     front: int = field(init=False)
     request_id: str = field(init=False)
 

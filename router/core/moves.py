@@ -138,10 +138,12 @@ class Moves:
         worker = self._chosen(decision.worker)
         if worker is not None:
             request.reservation = Reservation(worker, requests=1).take()
+            if decision.prefill is not None:
+                self.outbox.announce(request, worker)
         if request.position:
             assert worker is not None, "one that goes on needs a worker"
             assert decision.fetch is None, "one that goes on has a manifest, or computes its prompt"
-            self._resume_on(now_s, request, worker)
+            self._resume_on(now_s, request, worker, decision.to_compute_tokens)
             return
         fetch = decision.fetch
         assert fetch is None or self._settings.fetches_prefixes, (
@@ -154,8 +156,11 @@ class Moves:
         request.reserve_prefill(first)
         attempt = self._start(now_s, request, first, trigger)
         self.outbox.note(
-            Submit(first.id, request.key, attempt, request.payload, hand_off=hand_off, fetch=fetch)
-        )
+            Submit(
+                first.id, request.key, attempt, request.payload, hand_off=hand_off, fetch=fetch,
+                to_compute_tokens=decision.to_compute_tokens,
+            )
+        )  # fmt: skip
 
     def _chosen(self, worker_id: WorkerId | None) -> Worker | None:
         if worker_id is None:
@@ -164,7 +169,9 @@ class Moves:
         assert worker is not None, f"the policy chose {worker_id}, which is not there"
         return worker
 
-    def _resume_on(self, now_s: float, request: Request, worker: Worker) -> None:
+    def _resume_on(
+        self, now_s: float, request: Request, worker: Worker, to_compute_tokens: int = 0
+    ) -> None:
         """Submit the tokens so far, and where the prompt's blocks are if another has them."""
         assert not request.unknown_tokens, "tokens that are not known can't be injected"
         source = request.source
@@ -173,10 +180,16 @@ class Moves:
         if not manifest:
             request.reserve_prefill(worker)
         tokens = tuple(request.tokens)
+        request.announced = None  # It comes.
         attempt = self._start(
             now_s, request, worker, Trigger.RESUME_SUBMITTED, len(tokens), bool(manifest)
         )
-        self.outbox.note(Submit(worker.id, request.key, attempt, request.payload, tokens, manifest))
+        self.outbox.note(
+            Submit(
+                worker.id, request.key, attempt, request.payload, tokens, manifest,
+                to_compute_tokens=0 if manifest else to_compute_tokens,
+            )
+        )  # fmt: skip
 
     def _start(
         self,
@@ -224,6 +237,7 @@ class Moves:
         self.look_again()
 
     def _unassign(self, now_s: float, request: Request) -> None:
+        self.outbox.take_back(request)
         request.unassign()
         self._placement.ended(now_s, request.key, None)
         self.look_again()
@@ -268,6 +282,7 @@ class Moves:
         fetched_from = request.source if request.is_being_fetched else None
         reader_was_told = request.current is not None and request.current.worker.attached
         request.advance(now_s, Trigger.END, f"{end}: {why}" if why else end)
+        self.outbox.take_back(request)
         request.release()
         whole = request.position if end is End.COMPLETE else None
         self._placement.ended(now_s, request.key, whole)

@@ -10,10 +10,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Final
 
+from engine.base import NOTHING_PLACED
 from protos.anchor_link import Deliver, Delivery
 from protos.enginecore import error_output
 from protos.ids import Attempt, RequestKey
-from router.core.events import AbortOn, Command, Forget, OutputReport, Resend
+from router.core.events import AbortOn, Command, Forget, OutputReport, Resend, Reserve
 from router.core.lifecycle import Engagement, Request
 from router.core.placement import Reason
 from router.core.workers import Worker
@@ -96,6 +97,18 @@ class Outbox:
         worker = engagement.worker
         if worker.attached:
             self._commands.append(AbortOn(worker.id, request.key, engagement.attempt))
+
+    def announce(self, request: Request, worker: Worker) -> None:
+        """It will decode there: if there are other routers, they learn of it."""
+        if worker.others != NOTHING_PLACED and worker.attached:
+            request.announced = worker
+            self._commands.append(Reserve(worker.id, request.key, request.shape.prompt_tokens))
+
+    def take_back(self, request: Request) -> None:
+        """It will not decode where that was announced, if it was."""
+        worker, request.announced = request.announced, None
+        if worker is not None and worker.attached:
+            self._commands.append(Reserve(worker.id, request.key, 0))
 
     def drop(self, request: Request, engagement: Engagement) -> None:
         """End an attempt that another takes the place of; no output of it is needed."""

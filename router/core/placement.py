@@ -81,6 +81,9 @@ class Decision:
     """How many more were compared; each costs no less than those of its part that are kept."""
     fetch: PrefixFetch | None = None
     """What the worker that computes the prompt fetches of it first."""
+    to_compute_tokens: int = 0
+    """Of its tokens, those that the worker that computes its prompt is expected not to have in its
+    cache; 0 of a policy that can't tell."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -229,16 +232,13 @@ _COMPARED: Final = ("prefill_tokens", "requests", "kv_use")
 
 
 def _candidate(worker: Worker) -> Candidate:
-    """A worker's predicted work. What other routers put on it shows in its reported load alone."""
-    load = worker.load
-    requests = max(worker.reserved_requests, load.running + load.waiting)
+    """A worker's predicted work, other routers' included."""
+    load, others = worker.load, worker.others
+    prefill_tokens = worker.reserved_prefill_tokens + others.prompt_tokens
+    requests = max(worker.reserved_requests + others.decodes, load.running + load.waiting)
     kv_use = load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else 0.0
-    work = (
-        worker.reserved_prefill_tokens
-        + REQUEST_WORK_TOKENS * requests
-        + FULL_KV_WORK_TOKENS * kv_use
-    )
-    numbers = (worker.reserved_prefill_tokens, requests, kv_use)
+    work = prefill_tokens + REQUEST_WORK_TOKENS * requests + FULL_KV_WORK_TOKENS * kv_use
+    numbers = (prefill_tokens, requests, kv_use)
     return Candidate(worker.id, worker.role, work, numbers)
 
 

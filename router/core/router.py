@@ -288,6 +288,9 @@ class RouterCore:
             return
         if event.load is not None:
             worker.load = event.load
+            if event.others.prompts < worker.others.prompts:
+                self.moves.look_again()  # They gave room to what waits here.
+            worker.others = event.others
             self._placement.stepped(now_s, worker)
         take = self._outputs.take
         for output in event.outputs:

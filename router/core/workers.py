@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.base import EngineLoad
+from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
 from router.core.events import MemberFacts, Role, WorkerUp
@@ -40,6 +40,8 @@ class Worker:
     """Prompt tokens that this router sent or will send here and that are not computed yet."""
     reserved_requests: int = 0
     """Requests of this router that generate here or will."""
+    others: PlacedWork = NOTHING_PLACED
+    """What other routers have here."""
 
     @property
     def usable(self) -> bool:

@@ -19,6 +19,7 @@ from engine.outputs import Output
 from engine.router_link import FULL_MESSAGE_BYTES, RouterLink
 from engine.service import LOAD_INTERVAL_S, WorkerService
 from engine.spec import SimulatedTiming
+from engine.work_by_router import WorkByRouter
 from kvstore.engine_blocks import EngineBlocks
 from kvstore.index import KvIndex
 from kvstore.index_feed import CacheChange, IndexFeed
@@ -40,7 +41,8 @@ def make_link(incarnation: int = 1, cache: CacheReports | None = None) -> Router
 
 
 def attempt(key: str) -> Attempt:
-    return Attempt("r", key, 1, "a", hand_off=False, first_position=0)
+    share = WorkByRouter().add("r", 1, 1, decodes=True)
+    return Attempt("r", key, 1, "a", hand_off=False, first_position=0, share=share)
 
 
 def add_outputs(to: Attempt, count: int, payload_bytes: int = 10) -> None:

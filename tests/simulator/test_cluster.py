@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.base import PlacedWork
 from engine.latency_model import StepTimes, StepWork
 from engine.profiles import PROFILES
 from engine.simulated.scheduler import Scheduler
@@ -21,7 +22,7 @@ from router.core.placement import Placement
 from simulator import workloads
 from simulator.baselines import BASELINES, Setup
 from simulator.cluster import Cluster, Layout
-from simulator.experiment import POLICIES, run
+from simulator.experiment import POLICIES, run, setup_of
 from simulator.traces import TracedRequest
 
 PROFILE = PROFILES["llama-3.1-8b-h100"]
@@ -37,9 +38,9 @@ def unaware() -> Placement:
 
 def serve(layout: Layout, requests: list[TracedRequest]) -> list[Ended]:
     ends: list[Ended] = []
-    cluster = Cluster(layout, unaware(), ends.append)
+    cluster = Cluster(layout, [unaware()], ends.append)
     cluster.run(requests)
-    cluster.router.check_integrity()
+    cluster.routers[0].check_integrity()
     for worker in cluster.workers.values():
         worker.check_idle()
     return ends
@@ -96,9 +97,9 @@ def test_steps_taken_at_once_are_the_same_steps(
 
 def test_the_first_token_after_a_hand_off_is_told_when_it_is_made() -> None:
     layout, tokens = LAYOUTS[1], 4 * 512
-    cluster = Cluster(layout, unaware(), lambda end: None)
+    cluster = Cluster(layout, [unaware()], lambda end: None)
     cluster.run([TracedRequest(0.0, tokens, 200)])
-    ticket = cluster.router.book.find("0:0")
+    ticket = cluster.routers[0].book.find("0:0")
     assert ticket is not None
     (record,) = ticket.requests
     assert record.handed_off_s is not None
@@ -153,7 +154,9 @@ def test_a_prefix_is_fetched_from_the_worker_that_has_it() -> None:
     busy = TracedRequest(60.0, 40_000, 2)
     setup = Setup(Random(1), StepTimes(PROFILE.timing(512)), 8192, 1024)
     ends: dict[str, Ended] = {}
-    cluster = Cluster(layout, BASELINES["mooncake"](setup), lambda end: ends.update({end.key: end}))
+    cluster = Cluster(
+        layout, [BASELINES["mooncake"](setup)], lambda end: ends.update({end.key: end})
+    )
     cluster.run([asked, busy, asked._replace(arrival_s=60.01)])
     for worker in cluster.workers.values():
         worker.check_idle()
@@ -179,3 +182,45 @@ def test_a_run_can_be_left_once_too_many_were_missed() -> None:
     requests = some(200, rate_rps=100.0)
     outcome = run(LAYOUTS[0], "random", Slo(0.05, 0.001), requests, misses_allowed=10)
     assert outcome.measured.requests - outcome.measured.good == 11
+
+
+# Several routers
+
+
+def by_router(policy: str, routers: int, requests: list[TracedRequest]) -> Cluster:
+    """Served with so many routers."""
+    make, layout = POLICIES[policy], LAYOUTS[2]
+    placements = [make(setup_of(layout, 0, router), SLO) for router in range(routers)]
+    ends: list[Ended] = []
+    cluster = Cluster(layout, placements, ends.append)
+    cluster.run(requests)
+    assert [each.end for each in ends] == [End.COMPLETE] * len(requests)
+    return cluster
+
+
+@pytest.mark.parametrize("policy", ["baton", "round_robin"])
+def test_several_routers_serve_all_and_leave_nothing(policy: str) -> None:
+    cluster = by_router(policy, 3, some())
+    for router in cluster.routers:
+        router.check_integrity()
+        assert router.moves.counts.tickets > 20, "each has its share of the requests"
+        for seen in router.pool:
+            others = seen.others._replace(computed_tokens=0, computed_pairs=0)
+            assert others == PlacedWork(routers=2)
+    for worker in cluster.workers.values():
+        worker.check_idle()
+
+
+def test_several_routers_give_the_same_run_twice() -> None:
+    first, second = (run(LAYOUTS[2], "baton", SLO, some(60), seed=5, routers=3) for _ in range(2))
+    assert first == second
+    assert first != run(LAYOUTS[2], "baton", SLO, some(60), seed=5)
+
+
+def test_routers_do_not_herd() -> None:
+    """Long prompts, a little apart: with each on a worker of its own none waits for another."""
+    layout = Layout(PROFILE, 0, 8)
+    requests = [TracedRequest(10.0 * (n // 8) + 0.02 * (n % 8), 20_000, 2) for n in range(160)]
+    one, four = (run(layout, "baton", SLO, requests, routers=n).measured.ttft for n in (1, 4))
+    assert four.mean_s == pytest.approx(one.mean_s, rel=0.02)
+    assert four.quantile_s(1.0) == pytest.approx(one.quantile_s(1.0), rel=0.02)

@@ -243,3 +243,13 @@ def test_one_moment_has_no_rate(tmp_path: Path) -> None:
 def test_units_of_an_slo() -> None:
     slo = read_slo("1.5s, 80ms")
     assert (slo.ttft_s, slo.tpot_s) == (1.5, pytest.approx(0.08))
+
+
+def test_several_routers(trace: Path) -> None:
+    code, told = typed(str(trace), "--gpus", "2", "--routers", "3", "--slo", "10s,1s")
+    assert code == 0, told
+    assert "3 routers before them" in " ".join(told.split())
+    assert "300 in 30 s" in told
+    code, told = typed(str(trace), "--routers", "0")
+    assert code == 2
+    assert "--routers" in told

@@ -85,7 +85,7 @@ def test_steps_beside_prompts_tell_nothing() -> None:
     assert bench.policy.learned.step.observations == 0
 
 
-def test_other_routers_requests_are_taken_to_be_like_its_own() -> None:
+def test_what_runs_before_it_is_told_of_is_taken_to_be_like_the_rest() -> None:
     bench = Bench("d1")
     worker = decoding(bench)
     ten_s = 0.006 + 10 * (13e-6 + (1280 + 128) * 43e-9)
