@@ -17,13 +17,14 @@ from typing import Final, NamedTuple
 from engine.learned_times import Factor
 from protos.ids import TicketId
 from router.core.backlog import Backlog, Before, Waiting
+from router.core.caution import Caution
 from router.core.events import Ended, Priority, Shape, Terms, TicketAsked, TicketRefused
 from router.core.placement import Expected, Placement, View
 from router.core.prompt_sizes import PromptSizes
 
-SURE: Final = {Priority.HIGH: 0.5, Priority.NORMAL: 1.25, Priority.LOW: 2.5}
-"""By how many spreads (standard deviations of the logarithm) a prediction must stay below what was
-promised: who matters less is refused sooner."""
+SURER: Final = {Priority.HIGH: -0.75, Priority.NORMAL: 0.0, Priority.LOW: 1.25}
+"""By how many spreads (standard deviations of the logarithm) more than for others a prediction must
+stay below what was promised: who matters less is refused sooner."""
 NEAR: Final = 0.5
 """Only predictions of loads that take as much of the room for them tell how wrong those are that
 count."""
@@ -72,6 +73,7 @@ class Gate:
         self.sizes = PromptSizes()
         self.ttft_factor, self.tpot_factor = Factor(), Factor()
         """By which what others do to a request took longer than predicted."""
+        self.ttft_caution, self.tpot_caution = Caution(), Caution()
         self._promises = promises
         self._placement = placement
         self._view = view
@@ -96,20 +98,20 @@ class Gate:
         expected = self._placement.expect(now_s, self._view, shape, before)
         if expected is None:
             return None
-        refusal = self._refusal(expected, promised, SURE[terms.priority])
+        refusal = self._refusal(expected, promised, SURER[terms.priority])
         if refusal is None:
             let_in = LetIn(now_s + ARRIVES_WITHIN_S, guess.tokens, expected)
             self._coming[asked.ticket] = let_in
             self._coming_s += expected.alone_ttft_s
         return refusal
 
-    def _refusal(self, expected: Expected, promised: Promises, sure: float) -> TicketRefused | None:
+    def _refusal(
+        self, expected: Expected, promised: Promises, surer: float
+    ) -> TicketRefused | None:
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
         tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
-        ttft_s, tpot_s = (
-            ttft.at_most_s(self.ttft_factor, sure),
-            tpot.at_most_s(self.tpot_factor, sure),
-        )
+        ttft_s = ttft.at_most_s(self.ttft_factor, surer + self.ttft_caution.spreads)
+        tpot_s = tpot.at_most_s(self.tpot_factor, surer + self.tpot_caution.spreads)
         if ttft.is_too_much(ttft_s):
             return _refuse("first token would come after", ttft, ttft_s, 1.0)
         if tpot.is_too_much(tpot_s):
@@ -136,17 +138,20 @@ class Gate:
     def learn(self, expected: Expected, terms: Terms, ended: Ended) -> None:
         """A request that was let in is complete: hold its times against what was expected."""
         promised = self._promises.of_request(terms)
-        for load, measured_s, factor in (
+        for load, measured_s, factor, caution in (
             (
                 _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s),
-                ended.time_to_first_token_s, self.ttft_factor,
+                ended.time_to_first_token_s, self.ttft_factor, self.ttft_caution,
             ),
             (
                 _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s),
-                ended.time_per_output_token_s, self.tpot_factor,
+                ended.time_per_output_token_s, self.tpot_factor, self.tpot_caution,
             ),
         ):  # fmt: skip
-            if measured_s is not None and load.is_near:
+            if measured_s is None or load.promised_s is None:
+                continue
+            caution.observe(late=measured_s > load.promised_s)
+            if load.is_near:
                 # A load that did not come at all has no logarithm and is passed over, so that the
                 # margin is a little too wide.
                 factor.observe(measured_s - load.alone_s, load.s)

@@ -10,7 +10,7 @@ from benchmarks.goodput import Store
 from benchmarks.several_routers import CASES, Alone, Cell, cells, rows
 from engine.base import PlacedWork
 from engine.latency_model import StepTimes
-from tests.router.core.test_joint import SLO, TIMING, Bench
+from tests.router.core.joint_bench import SLO, TIMING, Bench
 
 GIVEN = Namespace(engines=8, seeds=2, requests=200)
 

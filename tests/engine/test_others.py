@@ -17,7 +17,7 @@ from engine.spec import SimulatedTiming, WorkerSpec
 from protos import worker_pb2
 from protos.ids import Incarnation, WorkerId
 from router.worker_messages import step_reported
-from tests.engine.test_service import TOKEN, Router, submit
+from tests.engine.running_worker import TOKEN, Router, submit
 
 WORKER = WorkerId("decode-0")
 LONG = 5000

@@ -10,6 +10,7 @@ import pytest
 from kvstore.index import KvIndex
 from protos.ids import TicketId
 from router.core.backlog import Backlog, Before, Waiting
+from router.core.caution import LATE_SHARE, LEAST
 from router.core.events import (
     NO_TERMS,
     End,
@@ -124,10 +125,10 @@ def test_who_has_all_for_itself_is_let_in_however_long_it_takes() -> None:
 
 def test_a_margin_is_for_what_others_do() -> None:
     bench = Bench()
-    bench.oracle.prefill_s, bench.oracle.ttft_s = 1.6, 1.8
+    bench.oracle.prefill_s, bench.oracle.ttft_s = 1.6, 1.85
     assert bench.ask() is None
     bench = Bench()
-    bench.oracle.prefill_s, bench.oracle.ttft_s = 0.1, 1.8
+    bench.oracle.prefill_s, bench.oracle.ttft_s = 0.1, 1.85
     assert bench.ask() is not None
 
 
@@ -151,7 +152,7 @@ def test_a_requests_own_promises_go_first() -> None:
 
 def test_who_matters_less_is_refused_sooner() -> None:
     refused = []
-    for ttft_s in (1.75, 1.4, 1.2):
+    for ttft_s in (1.9, 1.6, 1.2):
         one_by_one = [Bench() for _ in Priority]
         for each in one_by_one:
             each.oracle.ttft_s = ttft_s
@@ -167,17 +168,17 @@ def test_who_matters_less_is_refused_sooner() -> None:
 
 def test_what_was_let_in_counts_until_it_arrives() -> None:
     bench = Bench()
-    bench.oracle.prefill_s = 0.4
+    bench.oracle.prefill_s = 0.45
     for number in range(4):
         assert bench.ask() is None, number
     work_s, requests = bench.oracle.asked[-1][1]
-    assert (work_s, requests) == (pytest.approx(1.2), 3)
-    assert bench.ask() is not None, "1.6 s wait before it"
+    assert (work_s, requests) == (pytest.approx(1.35), 3)
+    assert bench.ask() is not None, "1.8 s wait before it"
     waits, expected = bench.gate.arrived(0.0, TicketId("1"), NO_TERMS, 1024)
     assert expected is not None
-    assert expected.alone_ttft_s == 0.4
+    assert expected.alone_ttft_s == 0.45
     # Twice as long as its body made believe.
-    assert waits == Waiting("", 2.0, 2.0, 0.8)
+    assert waits == Waiting("", 2.0, 2.0, 0.9)
     assert bench.ask() is None
     bench.now_s = ARRIVES_WITHIN_S
     bench.ask()
@@ -186,9 +187,9 @@ def test_what_was_let_in_counts_until_it_arrives() -> None:
 
 def test_what_waits_counts() -> None:
     bench = Bench()
-    bench.backlog.add(key("a"), Waiting("", 1.0, prefill_s=1.7))
+    bench.backlog.add(key("a"), Waiting("", 1.0, prefill_s=1.75))
     assert bench.ask() is not None
-    assert bench.oracle.asked[-1][1] == Before(1.7, 1)
+    assert bench.oracle.asked[-1][1] == Before(1.75, 1)
     assert bench.ask(Terms(priority=Priority.HIGH, ttft_slo_s=1.9)) is None, "goes before it"
 
 
@@ -209,6 +210,24 @@ def test_predictions_that_were_too_short_are_corrected() -> None:
         bench.learn(Expected(1.5, 0.01, 0.1, 0.01, 100.0), 2.1, 0.01)
     assert bench.gate.ttft_factor.value == pytest.approx(2.0 / 1.4, rel=0.01)
     assert bench.ask() is not None
+
+
+def test_its_caution_follows_what_becomes_of_those_that_are_let_in() -> None:
+    bench = Bench()
+    first = bench.gate.ttft_caution.spreads
+    for _ in range(20):
+        bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 2.1, 0.04)
+    assert bench.gate.ttft_caution.spreads > first + 0.3
+    assert bench.gate.tpot_caution.spreads < first, "each latency by itself"
+    few = round(LATE_SHARE * 10_000)
+    before = bench.gate.ttft_caution.spreads
+    for number in range(10_000):
+        late = number % (10_000 // few) == 0
+        bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 2.1 if late else 1.0, 0.04)
+    assert bench.gate.ttft_caution.spreads == pytest.approx(before, abs=0.03), "as few as asked for"
+    for _ in range(30_000):
+        bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 1.0, 0.04)
+    assert bench.gate.ttft_caution.spreads == LEAST
 
 
 def test_what_is_far_from_what_was_promised_tells_nothing() -> None:

@@ -16,7 +16,7 @@ from router.core.forecast import LARGEST_SHARE
 from router.core.joint import JointPlacement
 from router.core.workers import Worker
 from tests.router.core.driving import Drive, abort_on, key, output
-from tests.router.core.test_joint import Bench, predicted
+from tests.router.core.joint_bench import Bench, predicted
 
 LONG = PlacedWork(prompts=1, prompt_tokens=50_000, prompt_pairs=50_000 * 25_000)
 LONG_S = 50_000 * 20e-6 + 50_000 * 25_000 * 1e-9 + 50_000 / 8192 * 0.006
