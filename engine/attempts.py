@@ -92,6 +92,11 @@ class Attempts:
         self._check_length(request, len(submit.output_token_ids))
         self._check_vocabulary(request)
         hand_off = submit.hand_off and self._goes_on_after_first_token(request)
+        tokens = len(request.prompt_token_ids or ()) + len(submit.output_token_ids)
+        if hand_off:
+            enginecore.hand_off_after_first_token(request)
+        enginecore.resume_from(request, list(submit.output_token_ids), submit.manifest)
+        # From here on nothing is refused.
         attempt = Attempt(
             router_id=router_id,
             request_key=submit.request_key,
@@ -99,16 +104,13 @@ class Attempts:
             front_request_id=request.request_id,
             hand_off=hand_off,
             first_position=len(submit.output_token_ids),
-            share=self._share(router_id, submit, request, hand_off),
+            share=self._share(router_id, submit, tokens, decodes=not hand_off),
             guided=bool((request.sampling_params or {}).get("structured_outputs")),
             next_position=len(submit.output_token_ids),
         )
         request.request_id = attempt.engine_id
         request.client_index = 0
         request.arrival_time = 0.0
-        if attempt.hand_off:
-            enginecore.hand_off_after_first_token(request)
-        enginecore.resume_from(request, list(submit.output_token_ids), submit.manifest)
         self._by_engine_id[attempt.engine_id] = attempt
         self._latest[router_id, submit.request_key] = attempt
         if latest is None:
@@ -120,13 +122,12 @@ class Attempts:
         return request, fenced
 
     def _share(
-        self, router_id: str, submit: worker_pb2.Submit, request: EngineRequest, hand_off: bool
+        self, router_id: str, submit: worker_pb2.Submit, tokens: int, *, decodes: bool
     ) -> Share:
-        tokens = len(request.prompt_token_ids or ()) + len(submit.output_token_ids)
         # Of a router that does not say, nothing is thought to be cached.
         self.work.release(router_id, submit.request_key)
         to_compute = 0 if submit.manifest else min(submit.to_compute_tokens or tokens, tokens)
-        return self.work.add(router_id, tokens, to_compute, decodes=not hand_off)
+        return self.work.add(router_id, tokens, to_compute, decodes=decodes)
 
     def _end(self, attempt: Attempt) -> None:
         attempt.ended = True
@@ -180,6 +181,7 @@ class Attempts:
 
     def fail(self, router_id: str, submit: worker_pb2.Submit, reason: str) -> Output:
         """The answer to a submission that can't be run; nothing is kept of it."""
+        self.work.release(router_id, submit.request_key)
         return Output(
             submit.request_key,
             submit.attempt,

@@ -49,7 +49,7 @@ class TicketMint:
     """Issues and reads tickets."""
 
     def __init__(self, link_token: str, ttl_s: float) -> None:
-        self._key = hmac.digest(link_token.encode(), b"baton ticket", "sha256")
+        self._key = hmac.digest(link_token.encode(), b"baton ticket 2", "sha256")
         self._ttl_s = ttl_s
 
     def tenant(self, shown: str) -> str:

@@ -6,6 +6,7 @@ Imports no vLLM (540 MB, 20 s): to the engine process this looks like one of vLL
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import re
@@ -139,10 +140,11 @@ class VllmEngine:
         if process is not None and process.poll() is None:
             process.terminate()
             try:
-                await asyncio.wait_for(has_ended(process.pid), _STOP_TIMEOUT_S)
-            except TimeoutError:
-                process.kill()
-            process.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(has_ended(process.pid), _STOP_TIMEOUT_S)
+            finally:
+                process.kill()  # Nothing happens to one that has ended.
+                process.wait()
         self._context.destroy(linger=0)
 
     def _bind(self, zmq_socket: zmq.asyncio.Socket, name: str) -> str:
@@ -246,6 +248,7 @@ class VllmEngine:
             if verdict is not None and not ended.done():
                 self._hang = self._hang or verdict
                 process.kill()  # Stopped, it would not even take a SIGTERM.
+        ended.result()  # Raises what kept it from being watched; `wait` would block.
         return process.wait()
 
     async def _or_death(self, work: Awaitable[_T]) -> _T:

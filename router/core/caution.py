@@ -20,7 +20,7 @@ STEP: Final = 0.02
 """By how many spreads a late one widens the margin."""
 FIRST: Final = 0.5
 LEAST: Final = 0.0
-"""Who is more likely late than not is never let in."""
+"""Of normal priority, who is more likely late than not is never let in."""
 MOST: Final = 2.5
 
 

@@ -150,7 +150,8 @@ class Gate:
         ):  # fmt: skip
             if measured_s is None or load.promised_s is None:
                 continue
-            caution.observe(late=measured_s > load.promised_s)
+            if load.is_for_the_margin:
+                caution.observe(late=measured_s > load.promised_s)
             if load.is_near:
                 # A load that did not come at all has no logarithm and is passed over, so that the
                 # margin is a little too wide.
@@ -205,13 +206,26 @@ class _Load(NamedTuple):
             return False
         return 0 < NEAR * (self.promised_s - self.alone_s) <= self.s
 
+    @property
+    def is_for_the_margin(self) -> bool:
+        """Whether it is let in depends on the margin. Not so of one that has all for itself, nor of
+        one that is late all alone."""
+        if self.promised_s is None:
+            return False
+        return self.alone_s < self.promised_s and not self.is_idle
+
+    @property
+    def is_idle(self) -> bool:
+        """Others do nothing to it that counts."""
+        return self.s < IDLE * self.alone_s
+
     def at_most_s(self, factor: Factor, sure: float) -> float:
         margin = min(LARGEST_MARGIN, factor.value * math.exp(sure * factor.spread))
         return self.alone_s + margin * self.s
 
     def is_too_much(self, at_most_s: float) -> bool:
         """Where there is none nothing is refused: its client would gain nothing by coming later."""
-        if self.promised_s is None or self.s < IDLE * self.alone_s:
+        if self.promised_s is None or self.is_idle:
             return False
         return at_most_s > self.promised_s
 

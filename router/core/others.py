@@ -11,7 +11,7 @@ import math
 from engine.base import PlacedWork
 from engine.learned_times import Factor
 from router.core.costs import Pricing
-from router.core.forecast import Forecast, Others
+from router.core.forecast import NO_OTHERS, Forecast, Others
 
 
 def hear(
@@ -22,6 +22,10 @@ def hear(
     take, and learns by others' prompts as by this router's own."""
     known, there = forecast.others, forecast.figures()
     before = known.placed
+    if known is NO_OTHERS:  # What was computed before this router came is no news.
+        before = before._replace(
+            computed_tokens=placed.computed_tokens, computed_pairs=placed.computed_pairs
+        )
     step_s = pricing.step_s(there.running, there.running_context_tokens)
 
     def takes_s(tokens: int, pairs: int) -> float:
@@ -36,7 +40,8 @@ def hear(
         placed.prompt_tokens - before.prompt_tokens + computed_tokens,
         placed.prompt_pairs - before.prompt_pairs + computed_pairs,
     )
-    if computed_tokens > 0:
+    # Of a prompt that was never reported as waiting, nobody knows when it came.
+    if computed_tokens > 0 and before.prompts:
         work_s, steps = pricing.prompts(computed_tokens, computed_pairs, there.running)
         forecast.done.add(now_s, known.since_s, work_s, math.ceil(steps) * step_s, factor)
     since_s = known.since_s if before.prompts else now_s

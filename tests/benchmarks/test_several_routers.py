@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from benchmarks import several_routers
-from benchmarks.goodput import Store
+from benchmarks.goodput_store import Store
 from benchmarks.several_routers import CASES, Alone, Cell, cells, rows
 from engine.base import PlacedWork
 from engine.latency_model import StepTimes

@@ -85,9 +85,16 @@ def test_the_text_is_plain_vllms_and_the_reasons_are_joints(
         assert decision["predicted"]["ttft_s"] > 0
         assert decision["worker"] in {each["worker"] for each in decision["candidates"]}
     # One by one, the first of each group computes the prefix, and the others find it.
+    hits = 0
     for each in records[GROUPS : 3 * GROUPS]:
-        assert each["actual"]["prompt"]["cached_tokens"] >= PREFIX_TOKENS
-        assert max(c["cached_tokens"] for c in each["decisions"][0]["candidates"]) >= PREFIX_TOKENS
+        (decision,) = each["decisions"]
+        held = {c["worker"]: c["cached_tokens"] for c in decision["candidates"]}
+        assert max(held.values()) >= PREFIX_TOKENS
+        # Where steps were slow a moment ago it may go elsewhere.
+        if held[decision["prefill"] or decision["worker"]] >= PREFIX_TOKENS:
+            hits += 1
+            assert each["actual"]["prompt"]["cached_tokens"] >= PREFIX_TOKENS
+    assert hits > 0
     told = subprocess.run(
         [str(BATON), "explain", ours[0].ticket, "--url", joint.url],
         capture_output=True, text=True, check=True, timeout=60,

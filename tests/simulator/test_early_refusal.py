@@ -27,7 +27,7 @@ def overloaded(layout: Layout, policy: str) -> Outcome:
     ("layout", "late"),
     [
         (Layout(PROFILE, 0, 2), 0.02),
-        # Over the 2 % that are aimed at: 2.5 to 3.3 % with three seeds, by the first token.
+        # Over the 2 % that are aimed at, by the first token: each pool is a single engine.
         (Layout(PROFILE, 1, 1), 0.035),
     ],
 )

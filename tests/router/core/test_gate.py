@@ -230,6 +230,16 @@ def test_its_caution_follows_what_becomes_of_those_that_are_let_in() -> None:
     assert bench.gate.ttft_caution.spreads == LEAST
 
 
+@pytest.mark.parametrize("alone_s", [2.1, 50.0])
+def test_its_caution_is_not_for_those_that_no_margin_keeps_out(alone_s: float) -> None:
+    bench = Bench()
+    before = bench.gate.ttft_caution.spreads
+    for _ in range(1000):
+        bench.learn(Expected(alone_s, 0.04, alone_s, 0.01, 100.0), alone_s, 0.04)
+        bench.learn(Expected(1.05, 0.04, 1.0, 0.01, 100.0), 2.1, 0.04)
+    assert bench.gate.ttft_caution.spreads == before
+
+
 def test_what_is_far_from_what_was_promised_tells_nothing() -> None:
     bench = Bench()
     for _ in range(100):

@@ -79,6 +79,33 @@ def test_others_prompts_drain_with_time_and_their_end_says_where_the_queue_is() 
     assert queue_s(bench, "d1") == 0
 
 
+def test_what_others_had_computed_before_this_router_came_is_no_news() -> None:
+    bench, fresh = Bench("d1"), Bench("d1")
+    bench.now_s = fresh.now_s = 100_000.0
+    history = PlacedWork(computed_tokens=400_000_000, computed_pairs=400_000_000 * 1000)
+    told(bench, "d1", plus(history, DECODING))
+    told(fresh, "d1", DECODING)
+    assert bench.place(tokens=128).predicted == fresh.place(tokens=128).predicted
+    bench.now_s += 1.0
+    told(bench, "d1", plus(plus(history, DECODING), LONG))
+    bench.now_s += LONG_S
+    told(bench, "d1", plus(plus(history, DECODING), DONE))
+    assert bench.policy.learned.prefill.value == pytest.approx(1.0, rel=0.2)
+
+
+def test_prompts_that_came_and_went_between_two_reports_teach_nothing() -> None:
+    bench = Bench("d1")
+    one = PlacedWork(computed_tokens=1000, computed_pairs=500_000)
+    computed = one
+    told(bench, "d1", NOTHING_PLACED)
+    for _ in range(4):
+        bench.now_s += 60.0
+        told(bench, "d1", computed)
+        computed = plus(computed, one)
+    assert bench.policy.learned.prefill.observations == 0
+    assert queue_s(bench, "d1") == 0.0
+
+
 def test_its_own_prompts_queue_behind_others() -> None:
     bench = Bench("d1")
     told(bench, "d1", LONG)

@@ -49,6 +49,7 @@ def test_it_hears_of_the_end_without_a_signal(tmp_path: Path) -> None:
         async with asyncio.timeout(LONG_BEFORE_ITS_LIMIT_S):
             return await AnchorProcess(tmp_path).start()
 
+    before = signal.getsignal(signal.SIGCHLD)
     thread = threading.Thread(target=take_the_signal)
     thread.start()
     try:
@@ -57,6 +58,7 @@ def test_it_hears_of_the_end_without_a_signal(tmp_path: Path) -> None:
     finally:
         over.set()
         thread.join()
+        signal.signal(signal.SIGCHLD, before)
 
 
 async def test_it_waits_for_the_port_that_the_one_before_still_holds(tmp_path: Path) -> None:
