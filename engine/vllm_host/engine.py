@@ -145,6 +145,8 @@ class VllmEngine:
             finally:
                 process.kill()  # Nothing happens to one that has ended.
                 process.wait()
+        if self._ended is not None:
+            await asyncio.wait({self._ended})  # From here on a step is told of the end.
         self._context.destroy(linger=0)
 
     def _bind(self, zmq_socket: zmq.asyncio.Socket, name: str) -> str:
