@@ -35,6 +35,9 @@ from simulator.cluster import Cluster, Layout
 from simulator.traces import TracedRequest
 
 _ALONE: Final = 20
+PAUSE_S: Final = 0.25
+"""Between requests that are alone: what has idled for a moment takes longer, and under the loads
+that are compared most has."""
 _WARM_UP: Final = 8
 _WARM_UP_SALT: Final = 1_000_000
 _SPLIT: Final = (Reason.SPLIT_COSTS_LESS, Reason.LONG_PROMPT)
@@ -68,13 +71,13 @@ class Scenario:
             config["router"] = {"engine_profile": str(self.profile_file)}
         if self.engine == "simulated":
             config["simulated"] = asdict(profile.timing(layout.block_tokens))
-            config["engine_args"] = {
-                "block_size": layout.block_tokens,
-                "num_gpu_blocks_override": profile.kv_tokens // layout.block_tokens,
-                "max_model_len": profile.max_model_len_tokens,
-                "max_num_seqs": profile.max_running_requests,
-                "max_num_batched_tokens": profile.max_step_tokens,
-            }
+        config["engine_args"] = {
+            "block_size": layout.block_tokens,
+            "num_gpu_blocks_override": profile.kv_tokens // layout.block_tokens,
+            "max_model_len": profile.max_model_len_tokens,
+            "max_num_seqs": profile.max_running_requests,
+            "max_num_batched_tokens": profile.max_step_tokens,
+        }
         return config
 
     def placement(self, seed: int) -> Placement:
@@ -106,6 +109,8 @@ class LiveRun(NamedTuple):
     own_cores: float
     """Of the processes in requests' path."""
     others_cores: float
+    engines_waited: float
+    """For a core, of the time in which they ran or could have."""
     client_late_s: float
     """The longest that a request was sent after its time."""
 
@@ -126,8 +131,11 @@ def run_live(scenario: Scenario, requests: Sequence[TracedRequest], prioritised:
             use = meter.read()
         seen, reasons = _records(baton, served)
     own_s = sum(use.cpu_s.values())
+    engines = "engine" if "engine" in groups else "workers"
+    waited_s = use.waited_s[engines]
     return LiveRun(
         seen, reasons, own_s / use.span_s, (use.machine_s - own_s) / use.span_s,
+        waited_s / (waited_s + use.cpu_s[engines]),
         max(each.sent_late_s for each in served),
     )  # fmt: skip
 
@@ -140,7 +148,7 @@ def measure_hops(scenario: Scenario, prompt_tokens: int, prioritised: bool) -> H
     step_s = StepTimes(layout.profile.timing(layout.block_tokens)).step_s(work)
     with serving(scenario.configuration()) as baton, _priority(_path_of(baton), prioritised):
         moments(baton, _WARM_UP, prompt_tokens=16, output_tokens=2)
-        times = moments(baton, _ALONE, prompt_tokens, output_tokens=2)
+        times = moments(baton, _ALONE, prompt_tokens, output_tokens=2, pause_s=PAUSE_S)
 
     def median_s(begin: str, end: str) -> float:
         return statistics.median(each[end] - each[begin] for each in times)

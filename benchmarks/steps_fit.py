@@ -1,8 +1,12 @@
-"""What real engines take, as the engine model's costs. Pure: measured times in, a profile out."""
+"""What real engines take, as the engine model's costs. Pure: measured times in, a profile out.
+
+An engine that has idled takes longer to a first token than its steps do: that is told apart.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from benchmarks.engine_model import least_squares
 from benchmarks.report import table
@@ -15,7 +19,7 @@ class Measured:
     """Medians, in seconds."""
 
     prompts: dict[int, float]
-    """By tokens: from a prompt to its first token."""
+    """By tokens: from a prompt to its first token, of an engine that has idled."""
     decodes: dict[tuple[int, int], float]
     """By requests and context: from a step to the next one."""
     fetches: dict[int, float]
@@ -27,17 +31,25 @@ class Measured:
     max_model_len_tokens: int
 
 
-def profile_of(measured: Measured) -> EngineProfile:
+class Fit(NamedTuple):
+    """What was found."""
+
+    profile: EngineProfile
+    wake_s: float
+    """What a first token of an engine that has idled takes beside its step."""
+
+
+def fit(measured: Measured) -> Fit:
     """The engine model's costs, by least squares of relative errors."""
-    works = [_prompt_work(tokens) for tokens in measured.prompts]
-    works += [_decode_work(*each) for each in measured.decodes]
+    terms = [[*_terms(_prompt_work(tokens)), 1.0] for tokens in measured.prompts]
+    terms += [[*_terms(_decode_work(*each)), 0.0] for each in measured.decodes]
     seconds = [*measured.prompts.values(), *measured.decodes.values()]
-    costs = least_squares([_terms(work) for work in works], seconds, seconds)
+    *costs, wake_s = least_squares(terms, seconds, seconds)
     fetches = list(measured.fetches.items())
     base_s, token_s = least_squares(
         [[1.0, tokens] for tokens, _ in fetches], [s for _, s in fetches], [s for _, s in fetches]
     )
-    return EngineProfile(
+    profile = EngineProfile(
         model="tiny", gpus=1, kv_bytes_per_token=1, weights_bytes=0.0,
         step_base_s=costs[0], prefill_token_s=costs[1], prefill_pair_s=costs[2],
         decode_request_s=costs[3], decode_context_token_s=costs[4],
@@ -47,6 +59,7 @@ def profile_of(measured: Measured) -> EngineProfile:
         kv_tokens_reported=measured.kv_tokens,
         link_bytes_s=1 / max(token_s, 1e-12), transfer_base_s=base_s,
     )  # fmt: skip
+    return Fit(profile, wake_s)
 
 
 def _prompt_work(tokens: int) -> StepWork:
@@ -70,11 +83,11 @@ def _terms(work: StepWork) -> list[float]:
     ]  # fmt: skip
 
 
-def report(measured: Measured, profile: EngineProfile) -> str:
+def report(measured: Measured, found: Fit) -> str:
     """Markdown: every point beside the fit, and the costs."""
-    times = StepTimes(profile.timing(measured.block_tokens))
+    times = StepTimes(found.profile.timing(measured.block_tokens))
     points = [
-        (f"prompt of {tokens} tokens", seconds, times.step_s(_prompt_work(tokens)))
+        (f"prompt of {tokens} tokens", seconds, found.wake_s + times.step_s(_prompt_work(tokens)))
         for tokens, seconds in measured.prompts.items()
     ]
     points += [
@@ -89,6 +102,7 @@ def report(measured: Measured, profile: EngineProfile) -> str:
         (name, f"{1e3 * seconds:.2f}", f"{1e3 * fitted:.2f}", f"{fitted / seconds - 1:+.0%}")
         for name, seconds, fitted in points
     ]
-    costs = [(name, f"{1e6 * value:.4g}") for name, value in asdict(times.timing).items()]
+    all_costs = {**asdict(times.timing), "first token after a pause": found.wake_s}
+    costs = [(name, f"{1e6 * value:.4g}") for name, value in all_costs.items()]
     fits = table(("alone", "ms", "fitted, ms", "error"), rows)
     return f"{fits}\n{table(('cost', 'µs'), costs)}"

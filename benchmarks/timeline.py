@@ -45,14 +45,15 @@ def timelines(baton: Serving, requests: int, prompt_tokens: int, output_tokens: 
 
 
 def moments(
-    baton: Serving, requests: int, prompt_tokens: int, output_tokens: int
+    baton: Serving, requests: int, prompt_tokens: int, output_tokens: int, pause_s: float = 0.0
 ) -> list[dict[str, float]]:
     """Of requests one after the other, by the names in `STAGES`: when what was reached, in seconds.
-    Each has a prompt of its own."""
+    Each has a prompt of its own, and comes so long after the one before is over."""
     rng = random.Random(prompt_tokens)
     times: list[dict[str, float]] = []
     for _ in range(requests):
         prompt = rng.choices(range(_VOCABULARY_FROM, _VOCABULARY_TO), k=prompt_tokens)
+        time.sleep(pause_s)
         request_id, seen = _one(baton.port, prompt, output_tokens)
         (record,) = baton.get(f"/cluster/requests/{request_id}")["requests"]
         told = {key.removesuffix("_at"): value for key, value in record.items() if "_at" in key}

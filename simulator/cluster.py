@@ -51,6 +51,8 @@ OTHERS_INTERVAL_S: Final = 0.005
 """As `engine.service`'s."""
 _PATH: Final = "/v1/completions"
 _BYTES_PER_TOKEN: Final = 4.0
+_TICKETS: Final = 1000
+"""More are not on their way through fronts at once; their stories tell the routes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Cluster:
         self.now_s = 0.0
         self.under_way = 0
         self.prompt_tokens = 0
-        """Of all that arrived."""
+        """Of all that were let in."""
         self.ended_s = 0.0
         """When the last request did."""
         self._layout = layout
@@ -99,7 +101,7 @@ class Cluster:
         settings = CoreSettings(
             expect_prefill=layout.prefill > 0,
             local_prefill_max_tokens=0,
-            kept_records=1,
+            kept_records=_TICKETS,
             max_requests=1 << 30,
             index_block_tokens=layout.block_tokens,
             promises=promises,
@@ -168,7 +170,6 @@ class Cluster:
 
     def _arrive(self, key: RequestKey, request: TracedRequest) -> None:
         self.under_way += 1
-        self.prompt_tokens += request.input_tokens
         hashes = prompt_hashes(request, self._layout.block_tokens)
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
         router = self._spread.randrange(len(self.routers))
@@ -182,8 +183,9 @@ class Cluster:
         if isinstance(decided, TicketRefused):
             self._refused(key)
             return
+        self.prompt_tokens += request.input_tokens
         shape = Shape(request.input_tokens, request.max_tokens, addresses=hashes)
-        arrived = RequestArrived(key, Demand(shape, b""), ticket)
+        arrived = RequestArrived(key, Demand(shape, b""), ticket, terms=terms)
         if self._layout.front_in_s:
             self._at(self.now_s + self._layout.front_in_s, lambda _: self._feed(router, arrived))
         else:

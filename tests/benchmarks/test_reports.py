@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -48,6 +49,25 @@ def test_each_target_is_judged_by_its_own_limit() -> None:
     assert judged[AGGREGATED, "0.9 x plain"] == "**missed**"
     assert judged[DISAGGREGATED, "40"] == "met"
     assert judged[DISAGGREGATED, "1.5 x plain"] == "met"
+
+
+def test_waiting_for_a_core_is_counted_by_group() -> None:
+    core = min(os.sched_getaffinity(0))
+    processes = [subprocess.Popen([sys.executable, "-c", text]) for text in (BUSY, BUSY, IDLE)]
+    try:
+        for process in processes:
+            psutil.Process(process.pid).cpu_affinity([core])
+        *both, idle = [process.pid for process in processes]
+        meter = CpuMeter({"both": both, "idle": [idle]})
+        waited_s: dict[str, float] = {"both": 0.0, "idle": 0.0}
+        while waited_s["both"] < 0.3:
+            time.sleep(0.05)
+            waited_s = {name: waited_s[name] + more for name, more in meter.read().waited_s.items()}
+        assert waited_s["idle"] < waited_s["both"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_cpu_time_is_counted_by_group() -> None:

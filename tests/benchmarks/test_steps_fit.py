@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks.steps_fit import Measured, profile_of, report
+from benchmarks.steps_fit import Measured, fit, report
 from engine.latency_model import StepTimes, StepWork
 from engine.spec import SimulatedTiming
 
@@ -17,6 +17,9 @@ TIMING = SimulatedTiming(
 )  # fmt: skip
 
 
+WAKE_S = 5e-3
+
+
 def measured(transfer_base_s: float = TIMING.transfer_base_s) -> Measured:
     """Engines that are just as the model."""
     times = StepTimes(TIMING)
@@ -24,7 +27,7 @@ def measured(transfer_base_s: float = TIMING.transfer_base_s) -> Measured:
     def prompt_s(tokens: int) -> float:
         work = StepWork()
         work.add_prefill(tokens, 0)
-        return times.step_s(work)
+        return WAKE_S + times.step_s(work)
 
     def decode_s(requests: int, context_tokens: int) -> float:
         return times.step_s(
@@ -41,18 +44,19 @@ def measured(transfer_base_s: float = TIMING.transfer_base_s) -> Measured:
 
 
 def test_the_model_is_found_again() -> None:
-    fitted = profile_of(measured())
+    fitted, wake_s = fit(measured())
     found = asdict(fitted.timing(BLOCK_TOKENS))
+    assert wake_s == pytest.approx(WAKE_S)
     assert found == pytest.approx(asdict(TIMING))
     assert (fitted.kv_tokens, fitted.max_step_tokens) == (100_000, 4096)
 
 
 def test_no_cost_is_below_nothing() -> None:
-    assert profile_of(measured(transfer_base_s=-0.5e-3)).transfer_base_s == 0
+    assert fit(measured(transfer_base_s=-0.5e-3)).profile.transfer_base_s == 0
 
 
 def test_the_report_holds_each_point_beside_its_fit() -> None:
     given = measured()
-    text = report(given, profile_of(given))
+    text = report(given, fit(given))
     assert "| step of 16 x 128 tokens | 3.70 | 3.70 | " in text
     assert "| fetch of 512 tokens | 11.00 | 11.00 | " in text

@@ -218,6 +218,26 @@ def test_an_answer_is_plain_vllms_and_of_the_front_that_is_meant(
         assert cluster.metric("baton_handoffs_total") - handoffs == asked.requests
 
 
+@pytest.mark.parametrize(
+    "kind", ["completion", "a list of one text", "chat", "n chats", "response"]
+)
+def test_a_clients_own_request_id_does_not_take_the_place_of_its_ticket(
+    kind: str, cluster: BatonServe
+) -> None:
+    """Not even where it is somebody else's ticket, whose tenant and terms it would have."""
+    asked = (SERVED | WHOLE)[kind]
+    first = asked.send(cluster.url, user="first")
+    theirs = first.headers["x-request-id"]
+    second = asked.send(cluster.url, request_id=theirs)
+    assert (first.status_code, second.status_code) == (200, 200), second.text
+    ticket = second.headers["x-request-id"]
+    assert ticket != theirs
+    for each in (theirs, ticket):
+        records = cluster.get(f"/cluster/requests/{each}")["requests"]
+        assert len(records) == asked.requests
+        assert all(each in record["request_id"] for record in records)
+
+
 @pytest.mark.parametrize("kind", SERVED)
 def test_a_stream_is_plain_vllms_and_of_the_front_that_is_meant(
     kind: str, cluster: BatonServe, plain_url: str

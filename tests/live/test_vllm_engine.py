@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from protos.enginecore import (
     FINISH_LENGTH,
+    EngineRequest,
     encode_manifest,
     hand_off_after_first_token,
     resume_from,
@@ -143,20 +144,23 @@ async def test_a_lapsed_lease_is_noticed_and_recomputed(engine: Driver, other: D
     assert rest.finish_reason == FINISH_LENGTH
 
 
+async def handed_off_by(engine: Driver, prompt: list[int]) -> EngineRequest:
+    """What another engine is to go on with: 4 tokens, of which this one made the first."""
+    request = make_request(new_id(), prompt, max_tokens=4, ignore_eos=True)
+    hand_off_after_first_token(request)
+    handed = await engine.run(request)
+    assert handed.kv_transfer_params is not None
+    resumed = make_request(new_id(), prompt, max_tokens=4, ignore_eos=True)
+    resume_from(resumed, handed.tokens, encode_manifest(handed.kv_transfer_params))
+    return resumed
+
+
 async def test_bytes_moved_are_those_of_the_prompts_blocks(engine: Driver, other: Driver) -> None:
     kv_bytes_per_token = 2 * 3 * 2 * 64 * 2  # K and V, layers, KV heads, head size, bfloat16
     block_tokens = engine.info.block_size_tokens
     for prompt_tokens in (1, block_tokens, block_tokens + 1, 700):
         before = other.counters["vllm:nixl_bytes_transferred_sum"]
-        request = make_request(new_id(), make_prompt(prompt_tokens), max_tokens=4, ignore_eos=True)
-        prompt = request.prompt_token_ids
-        assert prompt is not None
-        hand_off_after_first_token(request)
-        handed = await engine.run(request)
-        assert handed.kv_transfer_params is not None
-        resumed = make_request(new_id(), prompt, max_tokens=4, ignore_eos=True)
-        resume_from(resumed, handed.tokens, encode_manifest(handed.kv_transfer_params))
-        await other.run(resumed)
+        await other.run(await handed_off_by(engine, make_prompt(prompt_tokens)))
         moved = other.counters["vllm:nixl_bytes_transferred_sum"] - before
         wanted = kv_bytes_per_token * prompt_tokens
         assert wanted <= moved < wanted + kv_bytes_per_token * block_tokens
@@ -169,15 +173,8 @@ async def test_state_of_other_weights_is_not_fetched(engine: Driver, tiny_model:
         lambda: make_vllm(tiny_model, "engine-e", hf_overrides={"rms_norm_eps": 0.01})
     ) as stranger:
         assert stranger.info.weights != engine.info.weights
-        request = make_request(new_id(), make_prompt(300), max_tokens=4, ignore_eos=True)
-        prompt = request.prompt_token_ids
-        assert prompt is not None
-        hand_off_after_first_token(request)
-        handed = await engine.run(request)
-        assert handed.kv_transfer_params is not None
-        resumed = make_request(new_id(), prompt, max_tokens=4, ignore_eos=True)
-        resume_from(resumed, handed.tokens, encode_manifest(handed.kv_transfer_params))
-        await stranger.run(resumed)
+        prompt = make_prompt(300)
+        await stranger.run(await handed_off_by(engine, prompt))
         assert stranger.counters["vllm:nixl_bytes_transferred_sum"] == 0
         whole = await stranger.generate(prompt, max_tokens=4, ignore_eos=True)
         assert len(whole.tokens) == 4
