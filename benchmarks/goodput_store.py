@@ -31,7 +31,7 @@ class Cell:
 def code_digest() -> str:
     """Of all that a result depends on besides the traces."""
     digest = hashlib.blake2b(digest_size=6)
-    for folder in ("router/core", "kvstore", "engine", "simulator", "benchmarks"):
+    for folder in ("protos", "router/core", "kvstore", "engine", "simulator", "benchmarks"):
         for path in sorted(_ROOT.joinpath(folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from random import Random
 from typing import Final, NamedTuple
 
-from engine.latency_model import StepTimes
 from router.core.costs import Slo
 from router.core.events import End, Ended
-from simulator.baselines import BASELINES, Setup
+from simulator.baselines import BASELINES
 from simulator.baselines.policy import PeerPolicy
 from simulator.cluster import Cluster, Layout
+from simulator.experiment import setup_of
 from simulator.measure import Measurement
 from simulator.traces import TracedRequest
 
@@ -54,12 +53,7 @@ def serve(
     knobs: Mapping[str, float] | None = None,
 ) -> Seen:  # fmt: skip
     """The first `warm_up` requests are served and not looked at."""
-    profile = layout.profile
-    setup = Setup(
-        Random(0), StepTimes(profile.timing(layout.block_tokens)), profile.max_step_tokens,
-        profile.max_running_requests, knobs or {},
-    )  # fmt: skip
-    placement = BASELINES[policy](setup)
+    placement = BASELINES[policy](setup_of(layout, knobs=knobs))
     assert isinstance(placement, PeerPolicy)
     measured = Measurement(Slo(math.inf, math.inf))
     begun_s: list[float] = []

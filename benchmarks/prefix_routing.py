@@ -19,20 +19,17 @@ import itertools
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from benchmarks import shared_files
 from benchmarks.report import table
-from engine.latency_model import StepTimes
 from engine.profiles import PROFILES
 from router.core.costs import Slo
 from router.core.events import End, Ended
-from simulator.baselines import Setup
 from simulator.cluster import Cluster, Layout
-from simulator.experiment import policy_named
+from simulator.experiment import policy_named, setup_of
 from simulator.traces import BLOCK_TOKENS, TracedRequest
 
 RATES_RPS: Final = (3, 10, 15, 20, 30, 40, 60)
@@ -88,10 +85,6 @@ def simulate(policy: str, seed: int = 0) -> dict[int, Stage]:
     """By rate."""
     profile = PROFILES["qwen3-32b-h100x2"]
     layout = Layout(profile, 0, PODS)
-    setup = Setup(
-        Random(seed), StepTimes(profile.timing(layout.block_tokens)), profile.max_step_tokens,
-        profile.max_running_requests,
-    )  # fmt: skip
     made = list(requests(seed))
     stage_of = {f"0:{number}": stage for number, (stage, _) in enumerate(made)}
     ends: list[list[Ended]] = [[] for _ in RATES_RPS]
@@ -99,7 +92,7 @@ def simulate(policy: str, seed: int = 0) -> dict[int, Stage]:
     def on_end(ended: Ended) -> None:
         ends[stage_of[ended.key]].append(ended)
 
-    placement = policy_named(policy)(setup, Slo(2.0, 0.05))
+    placement = policy_named(policy)(setup_of(layout, seed), Slo(2.0, 0.05))
     Cluster(layout, [placement], on_end).run(request for _, request in made)
     return {rate: _stage(stage_ends) for rate, stage_ends in zip(RATES_RPS, ends, strict=True)}
 

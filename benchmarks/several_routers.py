@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from benchmarks import shared_files
 from benchmarks.goodput_store import Store, code_digest
 from benchmarks.report import table
 from benchmarks.workloads import WORKLOADS
@@ -146,10 +147,7 @@ def _beside(one: float, mean: float | None) -> str:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser = shared_files.parser(__doc__)
     parser.add_argument(
         "--store", type=Path, default=Path("benchmarks/results/several-routers.jsonl")
     )
@@ -169,7 +167,8 @@ def main() -> None:
         if store.goodput(cell) is None
     ]
     for cell, start_rps in [] if given.report else todo:
-        goodput_rps = search(cell, given.shared, start_rps)
+        with shared_files.needed():
+            goodput_rps = search(cell, given.shared, start_rps)
         store.add(cell, goodput_rps, [])
         print(f"{cell}: {goodput_rps:.2f}/s", file=sys.stderr, flush=True)
     heads = ("workload, prefill + decode", "routers", *map(str, ROUTERS))

@@ -114,7 +114,7 @@ class RouterSection(_Section):
         default="joint",
         description="`joint` predicts times, and splits a request over a prefill and a decode "
         "worker where that costs less of both targets below; `least_predicted_work` splits by the "
-        "prompt's length alone.",
+        "prompt's length alone, predicts nothing and refuses nothing.",
     )
     ttft_slo_ms: float | None = Field(
         default=None,

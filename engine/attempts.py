@@ -16,9 +16,6 @@ from engine.work_by_router import Share, WorkByRouter
 from protos import enginecore, sampling, worker_pb2
 from protos.enginecore import EngineOutput, EngineRequest
 
-_DEFAULT_MAX_TOKENS = 16
-"""vLLM's default, which an encoded request leaves out."""
-
 
 @dataclass(slots=True)
 class Attempt:
@@ -155,7 +152,9 @@ class Attempts:
             )
 
     def _goes_on_after_first_token(self, request: EngineRequest) -> bool:
-        max_tokens = (request.sampling_params or {}).get("max_tokens", _DEFAULT_MAX_TOKENS)
+        max_tokens = (request.sampling_params or {}).get(
+            "max_tokens", enginecore.DEFAULT_MAX_TOKENS
+        )
         prompt_tokens = len(request.prompt_token_ids or ())
         return max_tokens != 1 and prompt_tokens + 1 < self._max_model_len_tokens
 
@@ -164,7 +163,7 @@ class Attempts:
         attempt = self._by_engine_id.get(output.request_id)
         if attempt is None or attempt.ended:
             return None
-        if not attempt.share.begun:
+        if output.new_token_ids and not attempt.share.begun:
             self.work.begin(attempt.share)
         if output.finish_reason is not None:
             self._end(attempt)

@@ -13,6 +13,9 @@ from typing import Final, NamedTuple, Protocol
 from protos.block_events import BlockEvent
 from protos.enginecore import EngineOutput, EngineRequest
 
+OTHERS_INTERVAL_S: Final = 0.005
+"""How often at most a worker tells routers of others' work alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:

@@ -22,7 +22,7 @@ import grpc
 import msgspec
 
 from engine.attempts import Attempt, Attempts
-from engine.base import Engine, EngineInfo, EngineLoad
+from engine.base import OTHERS_INTERVAL_S, Engine, EngineInfo, EngineLoad
 from engine.paced import Paced
 from engine.router_link import RouterLink
 from engine.spec import WorkerSpec
@@ -40,8 +40,6 @@ ROUTER_GRACE_S: Final = 10.0
 METRICS_INTERVAL_S: Final = 1.0
 LOAD_INTERVAL_S: Final = 0.25
 """How often a router learns the load of a worker that has nothing for it."""
-OTHERS_INTERVAL_S: Final = 0.005
-"""How often at most routers are told of others' work alone."""
 LAST_WORDS_STATUS: Final = grpc.StatusCode.ABORTED
 """With it a worker whose engine is gone ends its links; the details tell why."""
 

@@ -29,6 +29,9 @@ FINISH_ABORT: Final = 2
 FINISH_ERROR: Final = 3
 FINISH_REPETITION: Final = 4
 
+DEFAULT_MAX_TOKENS: Final = 16
+"""Of output: vLLM's default, which an encoded request leaves out."""
+
 NIL: Final = Raw(b"\xc0")
 """What passes through and is not there."""
 

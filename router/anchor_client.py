@@ -50,11 +50,6 @@ class AnchorClient(asyncio.Protocol):
         self._deliveries: dict[int, list[anchor_link.Delivery]] = {}
         """What this turn of the loop has for each front: it goes out in one message."""
 
-    @property
-    def connected(self) -> bool:
-        """Messages can be sent."""
-        return self._transport is not None
-
     def deliver(self, message: anchor_link.Deliver) -> None:
         """Queue outputs; they leave in the order in which they came, before other messages."""
         if not self._deliveries:

@@ -25,9 +25,9 @@ _log = logging.getLogger("router")
 LIMIT_BYTES: Final = 1024**3
 _CHUNK_BYTES: Final = 256 * 1024
 _WAITING_CHUNKS: Final = 256
+"""More than that in memory, and the disk is too slow."""
 _CLOSE_S: Final = 5.0
 """A disk that takes nothing any more does not keep a router from ending."""
-"""More than that in memory, and the disk is too slow."""
 
 
 class Recorder:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
+from engine.base import OTHERS_INTERVAL_S
 from engine.profiles import EngineProfile
 from protos.ids import RequestKey, TicketId, WorkerId
 from router.core.events import (
@@ -47,8 +48,6 @@ from simulator.traces import BLOCK_TOKENS, TracedRequest
 from simulator.worker import INCARNATION, Asked, SimulatedWorker
 
 TICK_S: Final = 0.5
-OTHERS_INTERVAL_S: Final = 0.005
-"""As `engine.service`'s."""
 _PATH: Final = "/v1/completions"
 _BYTES_PER_TOKEN: Final = 4.0
 _TICKETS: Final = 1000

@@ -1,7 +1,8 @@
 """A worker of the simulated cluster: the simulated engine, and what a worker makes of its steps.
 
 Pure: whoever owns the clock calls it when something is due. Its engine takes steady decode steps
-many at a time, ended early where something comes in between, which changes no time and no order.
+many at a time, ended early where something comes in between, which changes no time, and no order
+but of what happens at one time.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any
 from engine.simulated.kv_cache import chained_hash, salted_root
 from protos.block_events import BlocksStored
 from protos.enginecore import (
+    DEFAULT_MAX_TOKENS,
     FINISH_LENGTH,
     FINISH_STOP,
     EngineRequest,
@@ -29,9 +30,6 @@ from protos.enginecore import (
 FIRST_TOKEN_ID = 16
 VOCABULARY_TOKENS = 2000
 """Ids that a simulated engine produces: special tokens lie below, the tiny model's end above."""
-
-# The engine-core protocol omits fields that have SamplingParams' default.
-_DEFAULT_MAX_TOKENS = 16
 
 _MASK_64 = (1 << 64) - 1
 
@@ -195,7 +193,7 @@ class SimulatedRequest(QueuedRequest):
             raise ValueError("only generation from token ids is served")
         if len(prompt) > max_model_len_tokens - 1:
             raise ValueError("the prompt leaves no room for a token")
-        max_output = params.get("max_tokens", _DEFAULT_MAX_TOKENS)
+        max_output = params.get("max_tokens", DEFAULT_MAX_TOKENS)
         if max_output is None:
             max_output = max_model_len_tokens
         extra = params.get("extra_args") or {}

@@ -9,11 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvstore.content import block_addresses, root_address, tenant_salt
-from protos.enginecore import EngineRequest, encode, strip_internal_arguments
+from protos.enginecore import DEFAULT_MAX_TOKENS, EngineRequest, encode, strip_internal_arguments
 from router.core.events import Demand, Shape
-
-DEFAULT_MAX_TOKENS = 16
-"""vLLM's, where a front leaves the field out."""
 
 
 class CachedAs(NamedTuple):

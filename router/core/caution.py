@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Final
 
 LATE_SHARE: Final = 0.005
-"""Of those that are let in, for each of the two latencies."""
+"""Of those that were let in and that a wider margin would have kept out, for each of the two
+latencies."""
 STEP: Final = 0.02
 """By how many spreads a late one widens the margin."""
 FIRST: Final = 0.5

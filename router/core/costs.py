@@ -41,15 +41,17 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the parts of a cost weigh: docs/adr/0007 tells how they were found."""
+    """What the parts of a cost weigh."""
 
     later: float = 20.0
-    """Prompts that will come after this one and lose its time, beyond as many as wait now."""
+    """Prompts that will come after this one and lose its time, beyond as many as wait now:
+    docs/adr/0007 tells how it was found."""
     floor: float = 0.02
     """What a prompt's time costs at least, where nothing waits: so caches are used."""
     hold: float = 0.15
     """Requests wait at the router, where they can still be ordered and go to whoever is free first,
-    while on every worker the prompts before it take this share of the promised TTFT."""
+    while on every worker the prompts before it take this share of the TTFT that is promised to all:
+    docs/adr/0008."""
     share_window_s: float = 10.0
     """Over how long the share of its time that a worker spends on prompts is averaged."""
 
@@ -196,7 +198,7 @@ class Pricing:
         """Both."""
         step_s = self._with_it_s(ask, there)
         # Its own tokens come after its prompt, which takes time from others' alone. Its cost counts
-        # that as its own too: without it prompts are sent past caches (docs/adr/0007).
+        # that as its own too: without it prompts are sent past caches.
         tpot_s, others_s = step_s / there.left, step_s / there.left_with_it
         cost = self._behind(ask, there) + self._own(ask, others_s)
         cost += self._beside(ask, there, others_s) + there.crowding

@@ -6,13 +6,21 @@ Pure. Which of the two it was, the edge's log says, before the abort or soon aft
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, NamedTuple
 
-from router.core.events import Command, End, Ended
-from router.core.records import Record, TicketStory
+from router.core.events import End, Ended
+from router.core.lifecycle import Request
+from router.core.records import TicketStory
 
 EDGE_SAYS_WITHIN_S: Final = 2.0
 """Without a word of the edge for so long its client counts as gone: a log may be lost."""
+
+
+class Told(NamedTuple):
+    """A request and its end, as it is known for good."""
+
+    request: Request
+    ended: Ended
 
 
 @dataclass(slots=True)
@@ -21,7 +29,7 @@ class _Aborted:
 
     story: TicketStory
     due_s: float
-    ends: list[tuple[Record, Ended]] = field(default_factory=list)
+    ends: list[Told] = field(default_factory=list)
 
 
 class Endings:
@@ -31,26 +39,25 @@ class Endings:
         self._aborted: dict[str, _Aborted] = {}
         """By ticket, oldest first."""
 
-    def aborted(
-        self, now_s: float, record: Record, story: TicketStory, ended: Ended
-    ) -> Command | None:
+    def aborted(self, now_s: float, request: Request, ended: Ended) -> list[Told]:
         """A front aborted it. Returns what is to be told at once."""
+        story = request.story
         if story.edge_end is not None:
-            return _tell(story, record, ended)
+            return [_tell(story, request, ended)]
         waiting = self._aborted.get(story.id)
         if waiting is None:
             waiting = self._aborted[story.id] = _Aborted(story, now_s + EDGE_SAYS_WITHIN_S)
-        waiting.ends.append((record, ended))
-        return None
+        waiting.ends.append(Told(request, ended))
+        return []
 
-    def edge_ended(self, story: TicketStory) -> list[Command]:
+    def edge_ended(self, story: TicketStory) -> list[Told]:
         """The edge said how the response of this ticket ended."""
         waiting = self._aborted.pop(story.id, None)
         return [] if waiting is None else _tell_all(waiting)
 
-    def due(self, now_s: float) -> list[Command]:
+    def due(self, now_s: float) -> list[Told]:
         """Those whose time is up."""
-        told: list[Command] = []
+        told: list[Told] = []
         while self._aborted:
             ticket, oldest = next(iter(self._aborted.items()))
             if oldest.due_s > now_s:
@@ -60,13 +67,14 @@ class Endings:
         return told
 
 
-def _tell_all(waiting: _Aborted) -> list[Command]:
-    return [_tell(waiting.story, record, ended) for record, ended in waiting.ends]
+def _tell_all(waiting: _Aborted) -> list[Told]:
+    return [_tell(waiting.story, request, ended) for request, ended in waiting.ends]
 
 
-def _tell(story: TicketStory, record: Record, ended: Ended) -> Command:
+def _tell(story: TicketStory, request: Request, ended: Ended) -> Told:
     if story.edge_end is None or not story.edge_end.orderly:
-        return ended
+        return Told(request, ended)
+    record = request.record
     record.end, record.error = End.COMPLETE, ""
     record.story.append((record.ended_s or 0.0, "its front had all it wanted: a stop string"))
-    return replace(ended, end=End.COMPLETE, error="")
+    return Told(request, replace(ended, end=End.COMPLETE, error=""))

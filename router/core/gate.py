@@ -18,7 +18,16 @@ from engine.learned_times import Factor
 from protos.ids import TicketId
 from router.core.backlog import Backlog, Before, Waiting
 from router.core.caution import Caution
-from router.core.events import Ended, Priority, Shape, Terms, TicketAsked, TicketRefused
+from router.core.events import (
+    End,
+    Ended,
+    Fault,
+    Priority,
+    Shape,
+    Terms,
+    TicketAsked,
+    TicketRefused,
+)
 from router.core.placement import Expected, Placement, View
 from router.core.prompt_sizes import PromptSizes
 
@@ -136,18 +145,16 @@ class Gate:
         return waiting, None if let_in is None else let_in.expected
 
     def learn(self, expected: Expected, terms: Terms, ended: Ended) -> None:
-        """A request that was let in is complete: hold its times against what was expected."""
+        """A request that was let in is over: hold its times against what was expected."""
+        if ended.end is End.FAILED and ended.fault is not Fault.DEADLINE:
+            return  # What broke says nothing of the load.
         promised = self._promises.of_request(terms)
+        ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
+        tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
         for load, measured_s, factor, caution in (
-            (
-                _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s),
-                ended.time_to_first_token_s, self.ttft_factor, self.ttft_caution,
-            ),
-            (
-                _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s),
-                ended.time_per_output_token_s, self.tpot_factor, self.tpot_caution,
-            ),
-        ):  # fmt: skip
+            (ttft, ended.time_to_first_token_s, self.ttft_factor, self.ttft_caution),
+            (tpot, ended.time_per_output_token_s, self.tpot_factor, self.tpot_caution),
+        ):
             if measured_s is None or load.promised_s is None:
                 continue
             if load.is_for_the_margin:
@@ -156,6 +163,12 @@ class Gate:
                 # A load that did not come at all has no logarithm and is passed over, so that the
                 # margin is a little too wide.
                 factor.observe(measured_s - load.alone_s, load.s)
+        if ended.time_to_first_token_s is None and ttft.is_for_the_margin:
+            # Its client gave up, and nobody knows what it would have got; but whoever waited for
+            # longer than promised was late.
+            assert ttft.promised_s is not None
+            if (ended.duration_s or 0.0) > ttft.promised_s:
+                self.ttft_caution.observe(late=True)
 
     def _due_s(self, now_s: float, terms: Terms) -> float:
         promised_s = self._promises.of_request(terms).ttft_s or DUE_UNPROMISED_S

@@ -235,6 +235,10 @@ class JointPlacement:
             self._lengths.observe(placed.kind, output_tokens)
         self._take_off(now_s, key, placed)
 
+    def stopped(self, kind: str, output_tokens: int) -> None:
+        """That is how long its output got."""
+        self._lengths.observe(kind, output_tokens)
+
     def _take_off(self, now_s: float, key: RequestKey, placed: _Placed) -> None:
         self._end_prompt(now_s, key, placed)
         for part in placed.parts:

@@ -6,7 +6,7 @@ decided in `router`, `outputs` and `recovery`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,8 +15,8 @@ from protos.ids import Attempt, RequestKey, WorkerId
 from router.core.admission import too_long
 from router.core.backlog import Backlog
 from router.core.deadlines import Deadlines
-from router.core.endings import Endings
-from router.core.events import Command, End, Ended, Fault, Submit
+from router.core.endings import Endings, Told
+from router.core.events import End, Ended, Fault, Submit
 from router.core.gate import NOTHING_PROMISED, Gate, Promises, kind_of
 from router.core.lifecycle import Engagement, Request, State, Trigger
 from router.core.outbox import Counts, Outbox
@@ -305,13 +305,22 @@ class Moves:
         record.ended_s, record.end, record.error, record.fault = now_s, end, why, fault
         self._learn_size(request.story)
         ended = _ended(request, end)
-        if request.expected is not None and end is End.COMPLETE:
-            self.gate.learn(request.expected, request.story.terms, ended)
-        told: Command | None = ended
         if end is End.CANCELLED:
-            told = self.endings.aborted(now_s, record, request.story, ended)
-        if told is not None:
-            self.outbox.note(told)
+            self.tell_all(self.endings.aborted(now_s, request, ended))
+        else:
+            self._tell(request, ended)
+
+    def tell_all(self, aborted: Iterable[Told]) -> None:
+        """How requests that their fronts aborted have ended is known by now."""
+        for request, ended in aborted:
+            if ended.end is End.COMPLETE:
+                self._placement.stopped(request.shape.kind, request.position)
+            self._tell(request, ended)
+
+    def _tell(self, request: Request, ended: Ended) -> None:
+        if request.expected is not None:
+            self.gate.learn(request.expected, request.story.terms, ended)
+        self.outbox.note(ended)
 
     def _learn_size(self, story: TicketStory) -> None:
         """Once all that one body asked for is over."""

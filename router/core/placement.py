@@ -163,6 +163,11 @@ class Placement(Protocol):
         anew. Nothing of it is anywhere."""
         ...
 
+    def stopped(self, kind: str, output_tokens: int) -> None:
+        """A request of this kind had a stop string after so many tokens, as is known by now: until
+        then it had ended as one whose client left."""
+        ...
+
 
 class Uncounted:
     """For policies that count nothing of their own, and can't tell what a request would get."""
@@ -179,6 +184,9 @@ class Uncounted:
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         """Nothing to count."""
+
+    def stopped(self, kind: str, output_tokens: int) -> None:
+        """Nothing to learn."""
 
 
 class LeastPredictedWork(Uncounted):

@@ -199,8 +199,7 @@ class RouterCore:
         self.moves.gate.left(event.ticket)
         story = self.book.edge_ended(event)
         if story is not None:
-            for ended in self.moves.endings.edge_ended(story):
-                self.moves.outbox.note(ended)
+            self.moves.tell_all(self.moves.endings.edge_ended(story))
 
     # Workers
 
@@ -324,8 +323,7 @@ class RouterCore:
     def _tick(self, now_s: float, event: Tick) -> None:
         self.recovery.proceed(now_s)
         self.moves.outbox.forget_due(now_s)
-        for ended in self.moves.endings.due(now_s):
-            self.moves.outbox.note(ended)
+        self.moves.tell_all(self.moves.endings.due(now_s))
         for key in self.moves.deadlines.due(now_s):
             if (late := self.moves.requests.get(key)) is not None:
                 self.moves.fail(now_s, late, Fault.DEADLINE, _DEADLINE)

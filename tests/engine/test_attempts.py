@@ -353,6 +353,8 @@ def test_a_grammar_that_does_not_compile_is_its_clients_fault() -> None:
         (output,) = attempt.outputs
         assert output.finish == finish
         assert output.error
+    others = attempts.work.others("another router")
+    assert others is None or others.computed_tokens == 0
 
 
 def test_a_guided_request_that_fails_later_is_not() -> None:

@@ -27,10 +27,10 @@ from router.settings import UnitPaths, UnitSettings
 from router.unit.edge import errors
 from router.unit.edge.errors import quoted, refusal
 from router.unit.fronts import launch as fronts
+from router.unit.fronts.requests import RESPONSES_PATH
 
 CHOSEN_PATHS: Final = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 """Served by the fast front unless the body asks for more than it can do."""
-RESPONSES_PATH: Final = "/v1/responses"
 ANTHROPIC_PATHS: Final = ("/v1/messages", "/v1/messages/count_tokens")
 MODEL_PATHS: Final = ("/v1/models",)
 ROUTER_PATHS: Final = ("/health", "/metrics")

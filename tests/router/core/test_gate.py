@@ -15,6 +15,7 @@ from router.core.events import (
     NO_TERMS,
     End,
     Ended,
+    Fault,
     Priority,
     Shape,
     Terms,
@@ -238,6 +239,27 @@ def test_its_caution_is_not_for_those_that_no_margin_keeps_out(alone_s: float) -
         bench.learn(Expected(alone_s, 0.04, alone_s, 0.01, 100.0), alone_s, 0.04)
         bench.learn(Expected(1.05, 0.04, 1.0, 0.01, 100.0), 2.1, 0.04)
     assert bench.gate.ttft_caution.spreads == before
+
+
+@pytest.mark.parametrize(
+    ("end", "fault", "waited_s", "late"),
+    [
+        (End.CANCELLED, None, 2.1, True),
+        (End.CANCELLED, None, 1.9, False),
+        (End.FAILED, Fault.DEADLINE, 2.1, True),
+        (End.FAILED, Fault.WORKER_LOST, 2.1, False),
+    ],
+)
+def test_who_gave_up_later_than_promised_was_late(
+    end: End, fault: Fault | None, waited_s: float, late: bool
+) -> None:
+    bench = Bench()
+    before = bench.gate.ttft_caution.spreads
+    ended = Ended(key(), end, "", 0, duration_s=waited_s, fault=fault)
+    bench.gate.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), NO_TERMS, ended)
+    after = bench.gate.ttft_caution.spreads
+    assert after > before if late else after == before
+    assert bench.gate.ttft_factor.observations == 0, "nobody knows when it would have come"
 
 
 def test_what_is_far_from_what_was_promised_tells_nothing() -> None:

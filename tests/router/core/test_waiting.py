@@ -40,6 +40,7 @@ class OneAtATime(Uncounted):
     def __init__(self) -> None:
         self.computing: RequestKey | None = None
         self.expected = Expected(0.1, 0.01, 0.1, 0.01, 10.0)
+        self.stopped_after: list[int] = []
 
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
         workers = [worker.id for worker in view.pool if worker.usable]
@@ -57,6 +58,9 @@ class OneAtATime(Uncounted):
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
         if self.computing == key:
             self.computing = None
+
+    def stopped(self, kind: str, output_tokens: int) -> None:
+        self.stopped_after.append(output_tokens)
 
 
 class Bench(Drive):
@@ -121,6 +125,24 @@ def test_an_end_or_an_abort_lets_the_next_go() -> None:
     assert submitted(bench.leave("b")) == ["c"]
     assert bench.leave("c")
     assert not bench.core.moves.backlog
+
+
+@pytest.mark.parametrize("edge_first", [True, False])
+def test_a_stop_string_teaches_as_an_end_does(edge_first: bool) -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.policy.expected = Expected(1.5, 0.04, 0.1, 0.01, 100.0)
+    bench.come("a")
+    bench.now_s += 2.5
+    bench.step("d", output(1, 0, [1, 2, 3]))
+    orderly = EdgeEnded(TicketId("a"), "200", "--")
+    before = bench.core.moves.gate.ttft_caution.spreads
+    for event in [orderly, RequestAborted(key())][:: 1 if edge_first else -1]:
+        assert bench.policy.stopped_after == []
+        bench.feed(event)
+    assert bench.policy.stopped_after == [3]
+    assert bench.core.moves.gate.ttft_factor.observations == 1
+    assert bench.core.moves.gate.ttft_caution.spreads > before, "it was late"
 
 
 def test_one_that_waits_can_be_aborted() -> None:

@@ -13,7 +13,8 @@ import pytest
 from running_edge import CONTEXT_TOKENS, RunningEdge, read_answer
 from running_unit import eventually
 
-from router.unit.edge.configuration import ANTHROPIC_PATHS, CHOSEN_PATHS, RESPONSES_PATH
+from router.unit.edge.configuration import ANTHROPIC_PATHS, CHOSEN_PATHS
+from router.unit.fronts.requests import RESPONSES_PATH
 
 COMPLETIONS = "/v1/completions"
 MESSAGES = "/v1/messages"
