@@ -2,8 +2,9 @@
 
 For each workload and policy on a simulated cluster: the highest rate at which 90 % (and 99 %) of
 requests meet both SLOs. Each policy, Baton's too, first gets the splits into prefill and decode
-workers that serve it best, of those in PREFILL, by the first seed, at 90 % and coarsely; with those
-that are as good as the best it is searched finely, and the best of these counts.
+workers that serve it best, of those in PREFILL or `--prefill`, by the first seed, at 90 % and
+coarsely; with those that are as good as the best it is searched finely, and the best of these
+counts.
 
 Every search is appended to `--store` (default benchmarks/results/goodput.jsonl) and never made
 twice by the same code, so the run can be broken off at any time and goes on where it was.
@@ -17,7 +18,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Final
@@ -85,33 +86,38 @@ def _told(
     return told
 
 
-def coarse_cells(model: str, workload: str, policies: Iterable[str]) -> Iterator[Cell]:
+def coarse_cells(
+    model: str, workload: str, policies: Iterable[str], splits: Sequence[int] = PREFILL
+) -> Iterator[Cell]:
     """Which split is a policy's best?"""
     for policy in policies:
-        for prefill in PREFILL:
+        for prefill in splits:
             yield Cell(model, workload, policy, prefill, 0, SHARES[0], COARSE, code_digest())
 
 
-def best_splits(store: Store, model: str, workload: str, policy: str) -> dict[int, float]:
+def best_splits(
+    store: Store, model: str, workload: str, policy: str, splits: Sequence[int] = PREFILL
+) -> dict[int, float]:
     """Goodput by prefill engines, of the splits that are as good as the best; empty while not all
     are known."""
     found = {
         cell.prefill: goodput
-        for cell in coarse_cells(model, workload, [policy])
+        for cell in coarse_cells(model, workload, [policy], splits)
         if (goodput := store.goodput(cell)) is not None
     }
-    if len(found) < len(PREFILL) or not any(found.values()):
+    if len(found) < len(splits) or not any(found.values()):
         return {}
     enough = max(found.values()) / (1 + COARSE)
     return {prefill: goodput for prefill, goodput in found.items() if goodput >= enough}
 
 
 def fine_cells(
-    store: Store, model: str, workload: str, policies: Iterable[str], seeds: int
-) -> Iterator[tuple[Cell, float]]:
+    store: Store, model: str, workload: str, policies: Iterable[str], seeds: int,
+    splits: Sequence[int] = PREFILL,
+) -> Iterator[tuple[Cell, float]]:  # fmt: skip
     """Searches with the best split, and where each begins."""
     for policy in policies:
-        for prefill, goodput in best_splits(store, model, workload, policy).items():
+        for prefill, goodput in best_splits(store, model, workload, policy, splits).items():
             for share in SHARES:
                 for seed in range(seeds):
                     cell = Cell(model, workload, policy, prefill, seed, share, FINE, code_digest())
@@ -136,13 +142,13 @@ def work(store: Store, cells: list[tuple[Cell, float]], shared: Path, jobs: int)
             raise failed
 
 
-def report(store: Store, seeds: int) -> str:
+def report(store: Store, seeds: int, splits: Sequence[int] = PREFILL) -> str:
     """Tables, one for each model and share: rows are workloads, and how Baton compares."""
     parts = []
     for model, (profile, *_) in MODELS.items():
         gpus = ENGINES * PROFILES[profile].gpus
         for share in SHARES:
-            rows = list(_rows(store, model, share, seeds, gpus))
+            rows = list(_rows(store, model, share, seeds, gpus, splits))
             if rows:
                 head = ("policy", *[row[0] for row in rows])
                 body = [
@@ -156,19 +162,19 @@ def report(store: Store, seeds: int) -> str:
 
 
 def _rows(
-    store: Store, model: str, share: float, seeds: int, gpus: int
+    store: Store, model: str, share: float, seeds: int, gpus: int, splits: Sequence[int]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     for workload in WORKLOADS:
         texts, means = {}, {}
         for policy in POLICIES:
-            splits: dict[int, list[float]] = {}
-            for cell, _ in fine_cells(store, model, workload, [policy], seeds):
+            found: dict[int, list[float]] = {}
+            for cell, _ in fine_cells(store, model, workload, [policy], seeds, splits):
                 if cell.share == share and (goodput := store.goodput(cell)) is not None:
-                    splits.setdefault(cell.prefill, []).append(goodput / gpus)
-            if splits:
-                best = max(splits, key=lambda prefill: statistics.mean(splits[prefill]))
-                means[policy] = statistics.mean(splits[best])
-                texts[policy] = f"{_interval(splits[best])} ({best})"
+                    found.setdefault(cell.prefill, []).append(goodput / gpus)
+            if found:
+                best = max(found, key=lambda prefill: statistics.mean(found[prefill]))
+                means[policy] = statistics.mean(found[best])
+                texts[policy] = f"{_interval(found[best])} ({best})"
         if OURS in means and len(means) > 1:
             peer = max(mean for policy, mean in means.items() if policy != OURS)
             texts["baton over the best peer"] = f"{means[OURS] / peer:.2f}" if peer else "only one"
@@ -193,9 +199,10 @@ def work_all(store: Store, given: argparse.Namespace) -> None:
     for model in given.models:
         for workload in given.workloads:
             start = WORKLOADS[workload].start_rps * MODELS[model][2]
-            coarse = [(cell, start) for cell in coarse_cells(model, workload, given.policies)]
+            asked = (model, workload, given.policies)
+            coarse = [(cell, start) for cell in coarse_cells(*asked, given.prefill)]
             work(store, coarse, given.shared, given.jobs)
-            fine = list(fine_cells(store, model, workload, given.policies, given.seeds))
+            fine = list(fine_cells(store, *asked, given.seeds, given.prefill))
             work(store, fine, given.shared, given.jobs)
 
 
@@ -216,6 +223,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("benchmarks/results/goodput.jsonl"))
     for what, known in (("models", MODELS), ("workloads", WORKLOADS), ("policies", POLICIES)):
         parser.add_argument(f"--{what}", type=_some_of(known), default=",".join(known))
+    parser.add_argument("--prefill", type=int, nargs="+", default=PREFILL, choices=PREFILL)
     parser.add_argument("--seeds", type=int, default=2, choices=range(1, 6))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only print what is there")
@@ -224,7 +232,7 @@ def main() -> None:
     if not given.report:
         with shared_files.needed():
             work_all(store, given)
-    print(report(store, given.seeds))
+    print(report(store, given.seeds, given.prefill))
 
 
 if __name__ == "__main__":
