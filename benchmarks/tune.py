@@ -65,6 +65,7 @@ class Range(NamedTuple):
 
 SPACES: Final[dict[str, dict[str, Range]]] = {
     OURS: {
+        "arriving": Range(0.5, 20.0),
         "later": Range(2.0, 100.0),
         "floor": Range(0.002, 0.2),
         "hold": Range(0.03, 1.0),

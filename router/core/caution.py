@@ -17,7 +17,7 @@ from typing import Final
 LATE_SHARE: Final = 0.005
 """Of those that were let in and that a wider margin would have kept out, for each of the two
 latencies."""
-STEP: Final = 0.02
+STEP: Final = 0.05
 """By how many spreads a late one widens the margin."""
 FIRST: Final = 0.5
 LEAST: Final = 0.0

@@ -27,6 +27,8 @@ class Columns:
         workers = self._workers = (*prefill, *decode)
         self.prefill = slice(0, len(prefill))
         self.decode = slice(len(prefill), len(workers))
+        self.computing = len(prefill) or len(decode)
+        """How many of them compute prompts, but for those that are computed where they decode."""
         self.ids = [worker.id for worker in workers]
         self._at = {worker: at for at, worker in enumerate(self.ids)}
         self.block_tokens = _column([worker.block_size_tokens for worker in workers])

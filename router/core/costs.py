@@ -18,6 +18,7 @@ import numpy as np
 
 from engine.latency_model import StepTimes
 from engine.learned_times import LearnedTimes
+from router.core.arrivals import Arrivals
 from router.core.candidates import Column
 from router.core.columns import Columns
 from router.core.forecast import LARGEST_SHARE
@@ -43,9 +44,12 @@ class Slo:
 class Weights:
     """What the parts of a cost weigh."""
 
+    arriving: float = 4.0
+    """Those count so many times that will come while what waits on a worker and one prompt more are
+    computed, and lose a prompt's time: docs/adr/0007 tells how this and `later` were found."""
     later: float = 20.0
-    """Prompts that will come after this one and lose its time, beyond as many as wait now:
-    docs/adr/0007 tells how it was found."""
+    """As how many they count at most, beside those that wait now; and while nobody knows how often
+    they come."""
     floor: float = 0.02
     """What a prompt's time costs at least, where nothing waits: so caches are used."""
     hold: float = 0.15
@@ -79,6 +83,8 @@ class Found(NamedTuple):
     columns: Columns
     cached: Column
     """Tokens of the prompt."""
+    later: Column
+    """How many prompts come after it and lose its time."""
     queue_s: Column
     work_s: Column
     """What the profile says of the rest of the prompt's tokens."""
@@ -138,9 +144,10 @@ class Pricing:
         timing = self._timing
         return timing.transfer_base_s + blocks * timing.transfer_block_s + step_s / 2
 
-    def find(self, ask: Asked, columns: Columns, cached: Column) -> Found:
+    def find(self, ask: Asked, columns: Columns, cached: Column, arrivals: Arrivals) -> Found:
         """What is predicted for the request on each worker."""
-        timing, window_s = self._timing, self._weights.share_window_s
+        timing, weights = self._timing, self._weights
+        window_s = weights.share_window_s
         tokens = ask.tokens - cached
         before_s = self.step_s(columns.decodes, columns.context_tokens)
         running_s = self.step_s(columns.running, columns.running_context_tokens)
@@ -153,8 +160,14 @@ class Pricing:
         queue_s, share = columns.queue_s(ask.now_s), columns.prefill_share(ask.now_s, window_s)
         left = 1 - share
         left_with_it = 1 - np.minimum(LARGEST_SHARE, share + occupies_s / window_s)
+        later = columns.waiting + weights.later
+        if (rate_rps := arrivals.rate_rps(ask.now_s)) is not None:
+            # To each of those that compute prompts; other routers get as many as this one.
+            each_rps = columns.routers * rate_rps / columns.computing
+            coming = weights.arriving * each_rps * (queue_s + arrivals.mean_s)
+            later = columns.waiting + np.minimum(weights.later, coming)
         return Found(
-            columns, cached, queue_s, work_s, base_s, prefill_s, occupies_s, before_s, left,
+            columns, cached, later, queue_s, work_s, base_s, prefill_s, occupies_s, before_s, left,
             left_with_it, before_s / left, queue_s + prefill_s, _crowding(ask, columns, cached),
         )  # fmt: skip
 
@@ -212,13 +225,11 @@ class Pricing:
         return there.before_s + self._learned.step.value * added_s
 
     def _behind(self, ask: Asked, there: Found) -> Column:
-        """What this prompt's wait and time are worth to itself and to those that come after it: as
-        many as wait now, and some."""
+        """What this prompt's wait and time are worth to itself and to those that come after it."""
         slo_s, dearer = ask.slo.ttft_s, self._learned.first_token.square_over_median
         share = there.ttft_s / slo_s
         price = np.maximum(self._weights.floor, 2 * dearer * share)
-        later = self._weights.later + there.columns.waiting
-        cost: Column = dearer * share * share + later * price * there.occupies_s / slo_s
+        cost: Column = dearer * share * share + there.later * price * there.occupies_s / slo_s
         return cost
 
     def _beside(self, ask: Asked, there: Found, tpot_s: Column) -> Column:

@@ -29,6 +29,7 @@ from engine.latency_model import StepTimes
 from engine.learned_times import LearnedTimes
 from protos.ids import RequestKey, WorkerId
 from router.core.ahead import Ahead
+from router.core.arrivals import Arrivals
 from router.core.backlog import Before
 from router.core.candidates import Column, Shortlist
 from router.core.columns import Columns
@@ -107,6 +108,7 @@ class JointPlacement:
         self._slo = slo
         self._weights = weights
         self._lengths = OutputLengths()
+        self._arrivals = Arrivals(weights.share_window_s)
         self.forecasts: dict[WorkerId, Forecast] = {}
         self._columns: Columns | None = None
         self._changed: set[WorkerId] = set()
@@ -308,7 +310,7 @@ class JointPlacement:
                 columns.write(worker, self.forecasts[worker])
         self._changed.clear()
         cached = columns.spread(self._held(view, shape), shape.cached_tokens)
-        return self._pricing.find(ask, columns, cached)
+        return self._pricing.find(ask, columns, cached, self._arrivals)
 
     def _forecast(self, worker: WorkerId) -> Forecast:
         return self.forecasts.setdefault(worker, Forecast())
@@ -360,6 +362,7 @@ class JointPlacement:
             computing.ttft_share = computing.ttft_s / ask.slo.ttft_s
             window_s = self._weights.share_window_s
             self._change(computing.worker).add_prefill(ask.now_s, key, computing, window_s)
+            self._arrivals.add(ask.now_s, computing.occupies_s)
             self._ahead.store(computing.worker, shape.addresses)
         else:
             decoding.placed_s = ask.now_s

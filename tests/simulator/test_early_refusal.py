@@ -23,18 +23,11 @@ def overloaded(layout: Layout, policy: str) -> Outcome:
     return run(layout, policy, SLO, islice(workloads.SYNTHETIC["poisson"](wish), 6000), seed=1)
 
 
-@pytest.mark.parametrize(
-    ("layout", "late"),
-    [
-        (Layout(PROFILE, 0, 2), 0.02),
-        # Over the 2 % that are aimed at, by the first token: each pool is a single engine.
-        (Layout(PROFILE, 1, 1), 0.035),
-    ],
-)
-def test_few_of_those_that_are_let_in_are_late(layout: Layout, late: float) -> None:
+@pytest.mark.parametrize("layout", [Layout(PROFILE, 0, 2), Layout(PROFILE, 1, 1)])
+def test_few_of_those_that_are_let_in_are_late(layout: Layout) -> None:
     measured = overloaded(layout, "baton").measured
     assert measured.refused > 0.25 * measured.requests
-    assert measured.late < late
+    assert measured.late < 0.02
     assert measured.good + measured.refused <= measured.requests
     peer = overloaded(layout, "least_loaded").measured
     assert peer.refused == 0

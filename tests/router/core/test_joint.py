@@ -49,6 +49,15 @@ def test_a_hot_prefix_is_replicated_before_it_melts_its_worker() -> None:
     assert set(chosen) == {"d1", "d2", "d3"}
 
 
+def test_where_few_come_a_prompt_does_not_wait_for_another_ones_beginning() -> None:
+    bench = Bench("d1", "d2")
+    bench.place(tokens=1280, prefix=1)
+    bench.ended(1)
+    bench.now_s += 60.0  # By now it is known that few come.
+    first = bench.place(tokens=12_800, prefix=7).worker
+    assert bench.place(tokens=12_800, prefix=7).worker != first
+
+
 def test_a_long_prompt_is_kept_from_those_who_decode() -> None:
     bench = Bench("p1", "d1", slo=Slo(ttft_s=8.0, tpot_s=0.03))
     for number in range(40):
