@@ -10,7 +10,8 @@ from typing import NoReturn
 import pytest
 from hypothesis import settings
 
-SHARED = Path(os.environ.get("BATON_SHARED", "../shared"))
+# Taken out, since `baton serve` reads variables of such names as its configuration.
+SHARED = Path(os.environ.pop("BATON_SHARED", "../shared"))
 
 # How long an example takes says more about the machine's load than about what is tested.
 settings.register_profile("baton", deadline=None)
