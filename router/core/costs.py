@@ -172,9 +172,10 @@ class Pricing:
         )  # fmt: skip
 
     def all_busy(self, there: Found, computing: slice, promised_ttft_s: float) -> bool:
-        """Whether each of these has enough prompts before it for now."""
-        enough_s = self._weights.hold * promised_ttft_s
-        return bool((there.queue_s[computing] > enough_s).all())
+        """Whether each of these has enough prompts before it for now. Of several routers each gives
+        it as much: none knows what waits at the others (docs/adr/0009)."""
+        enough_s = self._weights.hold * promised_ttft_s * there.columns.routers
+        return bool((there.queue_s > enough_s)[computing].all())
 
     def tpot_after(
         self, ask: Asked, columns: Columns, at: int, tpot_s: float, after_s: float, joined: float
