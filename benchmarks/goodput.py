@@ -20,8 +20,9 @@ import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from benchmarks import shared_files
 from benchmarks.goodput_store import Cell, Store, code_digest
@@ -49,6 +50,8 @@ def search(cell: Cell, shared: Path, start_rps: float) -> tuple[float, list[dict
     """The goodput of a cell, in requests per second, and the evaluations that it took."""
     profile, slower, _ = MODELS[cell.model]
     workload = WORKLOADS[cell.workload]
+    if cell.requests:
+        workload = replace(workload, most_requests=cell.requests)
     slo = Slo(workload.slo.ttft_s * slower, workload.slo.tpot_s * slower)
     layout = Layout(PROFILES[profile], cell.prefill, ENGINES - cell.prefill, BLOCK_TOKENS)
     made: list[dict[str, Any]] = []
@@ -86,42 +89,51 @@ def _told(
     return told
 
 
+class Wanted(NamedTuple):
+    """What is searched, of every policy and workload."""
+
+    seeds: int
+    splits: Sequence[int] = PREFILL
+    requests: int = 0
+    """Of a cut; 0: as many as the workload says."""
+
+
 def coarse_cells(
-    model: str, workload: str, policies: Iterable[str], splits: Sequence[int] = PREFILL
+    model: str, workload: str, policies: Iterable[str], wanted: Wanted
 ) -> Iterator[Cell]:
     """Which split is a policy's best?"""
     for policy in policies:
-        for prefill in splits:
-            yield Cell(model, workload, policy, prefill, 0, SHARES[0], COARSE, code_digest())
+        for prefill in wanted.splits:
+            cut = (COARSE, wanted.requests, code_digest())
+            yield Cell(model, workload, policy, prefill, 0, SHARES[0], *cut)
 
 
 def best_splits(
-    store: Store, model: str, workload: str, policy: str, splits: Sequence[int] = PREFILL
+    store: Store, model: str, workload: str, policy: str, wanted: Wanted
 ) -> dict[int, float]:
     """Goodput by prefill engines, of the splits that are as good as the best; empty while not all
     are known."""
     found = {
         cell.prefill: goodput
-        for cell in coarse_cells(model, workload, [policy], splits)
+        for cell in coarse_cells(model, workload, [policy], wanted)
         if (goodput := store.goodput(cell)) is not None
     }
-    if len(found) < len(splits) or not any(found.values()):
+    if len(found) < len(wanted.splits) or not any(found.values()):
         return {}
     enough = max(found.values()) / (1 + COARSE)
     return {prefill: goodput for prefill, goodput in found.items() if goodput >= enough}
 
 
 def fine_cells(
-    store: Store, model: str, workload: str, policies: Iterable[str], seeds: int,
-    splits: Sequence[int] = PREFILL,
-) -> Iterator[tuple[Cell, float]]:  # fmt: skip
+    store: Store, model: str, workload: str, policies: Iterable[str], wanted: Wanted
+) -> Iterator[tuple[Cell, float]]:
     """Searches with the best split, and where each begins."""
     for policy in policies:
-        for prefill, goodput in best_splits(store, model, workload, policy, splits).items():
+        for prefill, goodput in best_splits(store, model, workload, policy, wanted).items():
             for share in SHARES:
-                for seed in range(seeds):
-                    cell = Cell(model, workload, policy, prefill, seed, share, FINE, code_digest())
-                    yield cell, goodput
+                for seed in range(wanted.seeds):
+                    cut = (FINE, wanted.requests, code_digest())
+                    yield Cell(model, workload, policy, prefill, seed, share, *cut), goodput
 
 
 def work(store: Store, cells: list[tuple[Cell, float]], shared: Path, jobs: int) -> None:
@@ -142,13 +154,13 @@ def work(store: Store, cells: list[tuple[Cell, float]], shared: Path, jobs: int)
             raise failed
 
 
-def report(store: Store, seeds: int, splits: Sequence[int] = PREFILL) -> str:
+def report(store: Store, wanted: Wanted) -> str:
     """Tables, one for each model and share: rows are workloads, and how Baton compares."""
     parts = []
     for model, (profile, *_) in MODELS.items():
         gpus = ENGINES * PROFILES[profile].gpus
         for share in SHARES:
-            rows = list(_rows(store, model, share, seeds, gpus, splits))
+            rows = list(_rows(store, model, share, gpus, wanted))
             if rows:
                 head = ("policy", *[row[0] for row in rows])
                 body = [
@@ -162,13 +174,13 @@ def report(store: Store, seeds: int, splits: Sequence[int] = PREFILL) -> str:
 
 
 def _rows(
-    store: Store, model: str, share: float, seeds: int, gpus: int, splits: Sequence[int]
+    store: Store, model: str, share: float, gpus: int, wanted: Wanted
 ) -> Iterator[tuple[str, dict[str, str]]]:
     for workload in WORKLOADS:
         texts, means = {}, {}
         for policy in POLICIES:
             found: dict[int, list[float]] = {}
-            for cell, _ in fine_cells(store, model, workload, [policy], seeds, splits):
+            for cell, _ in fine_cells(store, model, workload, [policy], wanted):
                 if cell.share == share and (goodput := store.goodput(cell)) is not None:
                     found.setdefault(cell.prefill, []).append(goodput / gpus)
             if found:
@@ -194,15 +206,15 @@ def _interval(values: list[float]) -> str:
     return f"{mean:.3g} ± {half:.2g}"
 
 
-def work_all(store: Store, given: argparse.Namespace) -> None:
+def work_all(store: Store, given: argparse.Namespace, wanted: Wanted) -> None:
     """All that was asked for and is not there yet: coarsely first, which tells what to refine."""
     for model in given.models:
         for workload in given.workloads:
             start = WORKLOADS[workload].start_rps * MODELS[model][2]
             asked = (model, workload, given.policies)
-            coarse = [(cell, start) for cell in coarse_cells(*asked, given.prefill)]
+            coarse = [(cell, start) for cell in coarse_cells(*asked, wanted)]
             work(store, coarse, given.shared, given.jobs)
-            fine = list(fine_cells(store, *asked, given.seeds, given.prefill))
+            fine = list(fine_cells(store, *asked, wanted))
             work(store, fine, given.shared, given.jobs)
 
 
@@ -225,14 +237,16 @@ def main() -> None:
         parser.add_argument(f"--{what}", type=_some_of(known), default=",".join(known))
     parser.add_argument("--prefill", type=int, nargs="+", default=PREFILL, choices=PREFILL)
     parser.add_argument("--seeds", type=int, default=2, choices=range(1, 6))
+    parser.add_argument("--requests", type=int, default=0, help="of each cut, else its own number")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only print what is there")
     given = parser.parse_args()
     store = Store(given.store)
+    wanted = Wanted(given.seeds, given.prefill, given.requests)
     if not given.report:
         with shared_files.needed():
-            work_all(store, given)
-    print(report(store, given.seeds, given.prefill))
+            work_all(store, given, wanted)
+    print(report(store, wanted))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ class Cell:
     seed: int
     share: float
     precision: float
+    requests: int
+    """Of a cut; 0: as many as the workload says."""
     code: str
     """What made it; see `code_digest`."""
 

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import goodput
-from benchmarks.goodput import coarse_cells, fine_cells, report, search, work
+from benchmarks.goodput import Wanted, coarse_cells, fine_cells, report, search, work
 from benchmarks.goodput_store import Cell, Store, code_digest
 from benchmarks.workloads import WORKLOADS
 from engine.latency_model import StepTimes, StepWork
 from engine.profiles import PROFILES
 
+TWO = Wanted(seeds=2)
+
 
 def cell(prefill: int = 0, policy: str = "random", share: float = 0.9, seed: int = 0) -> Cell:
-    return Cell("8b", "bursty", policy, prefill, seed, share, goodput.COARSE, code_digest())
+    return Cell("8b", "bursty", policy, prefill, seed, share, goodput.COARSE, 0, code_digest())
 
 
 def test_what_was_found_is_read_back(tmp_path: Path) -> None:
@@ -28,16 +30,23 @@ def test_what_was_found_is_read_back(tmp_path: Path) -> None:
 
 def test_fine_searches_follow_the_best_split(tmp_path: Path) -> None:
     store = Store(tmp_path / "goodput.jsonl")
-    for each, found in zip(coarse_cells("8b", "bursty", ["random"]), (8.5, 9.0, 1.0), strict=True):
-        assert list(fine_cells(store, "8b", "bursty", ["random"], 2)) == []
+    coarse = coarse_cells("8b", "bursty", ["random"], TWO)
+    for each, found in zip(coarse, (8.5, 9.0, 1.0), strict=True):
+        assert list(fine_cells(store, "8b", "bursty", ["random"], TWO)) == []
         store.add(each, found, [])
-    fine = list(fine_cells(store, "8b", "bursty", ["random"], 2))
+    fine = list(fine_cells(store, "8b", "bursty", ["random"], TWO))
     first, second, _ = goodput.PREFILL
     assert {(each.prefill, start) for each, start in fine} == {(first, 8.5), (second, 9.0)}
     assert len(fine) == 2 * len(goodput.SHARES) * 2
     for each, _ in fine:
         store.add(each, 24.0 if each.prefill == first else 16.0, [])
-    assert f"| random | 3 ± 0 ({first}) |" in report(store, 2)
+    assert f"| random | 3 ± 0 ({first}) |" in report(store, TWO)
+
+
+def test_other_cuts_are_other_searches(tmp_path: Path) -> None:
+    store = Store(tmp_path / "goodput.jsonl")
+    store.add(cell(), 12.5, [])
+    assert store.goodput(dataclasses.replace(cell(), requests=9000)) is None
 
 
 def test_what_other_code_found_is_not_taken(
