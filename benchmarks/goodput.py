@@ -166,6 +166,7 @@ def report(store: Store, wanted: Wanted) -> str:
                 body = [
                     (name, *[row[1].get(name, "") for row in rows])
                     for name in (*POLICIES, "baton over the best peer")
+                    if any(name in row[1] for row in rows)
                 ]
                 title = f"{profile}, {gpus} GPUs, {share:.0%} of requests within both SLOs"
                 parts.append(f"{title}: requests/s per GPU (prefill engines of {ENGINES})\n\n")
