@@ -37,9 +37,13 @@ def plain_outputs(model: Path, requests: list[dict[str, Any]]) -> list[dict[str,
 
 def main() -> None:
     requests = json.load(sys.stdin)
+    import torch
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    # Else the kernel answers the first AMX instruction, where a CPU has them, with SIGILL: nothing
+    # in this process asks it for their registers before vLLM's attention uses them.
+    torch.cpu._init_amx()
     llm = LLM(
         sys.argv[1],
         enforce_eager=True,
