@@ -148,12 +148,14 @@ class Gate:
         """A request that was let in is over: hold its times against what was expected."""
         if ended.end is End.FAILED and ended.fault is not Fault.DEADLINE:
             return  # What broke says nothing of the load.
+        # Of who left early it is mostly the wait for the second token, while state moves.
+        tpot_s = ended.time_per_output_token_s if ended.end is End.COMPLETE else None
         promised = self._promises.of_request(terms)
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
         tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
         for load, measured_s, factor, caution in (
             (ttft, ended.time_to_first_token_s, self.ttft_factor, self.ttft_caution),
-            (tpot, ended.time_per_output_token_s, self.tpot_factor, self.tpot_caution),
+            (tpot, tpot_s, self.tpot_factor, self.tpot_caution),
         ):
             if measured_s is None or load.promised_s is None:
                 continue

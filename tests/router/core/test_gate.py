@@ -262,6 +262,18 @@ def test_who_gave_up_later_than_promised_was_late(
     assert bench.gate.ttft_factor.observations == 0, "nobody knows when it would have come"
 
 
+def test_who_left_teaches_first_tokens_alone() -> None:
+    bench = Bench()
+    before = bench.gate.tpot_caution.spreads
+    ended = Ended(
+        key(), End.CANCELLED, "", 2, time_to_first_token_s=2.1, time_per_output_token_s=0.5
+    )
+    bench.gate.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), NO_TERMS, ended)
+    assert bench.gate.ttft_factor.observations == 1
+    assert bench.gate.tpot_factor.observations == 0
+    assert bench.gate.tpot_caution.spreads == before
+
+
 def test_what_is_far_from_what_was_promised_tells_nothing() -> None:
     bench = Bench()
     for _ in range(100):
