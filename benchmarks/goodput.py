@@ -1,10 +1,9 @@
 """Goodput of Baton's placement beside its peers': `python -m benchmarks.goodput [--report]`.
 
 For each workload and policy on a simulated cluster: the highest rate at which 90 % (and 99 %) of
-requests meet both SLOs. Each policy, Baton's too, first gets the splits into prefill and decode
-workers that serve it best, of those in PREFILL or `--prefill`, by the first seed, at 90 % and
-coarsely; with those that are as good as the best it is searched finely, and the best of these
-counts.
+requests meet both SLOs. Each policy, Baton's too, first gets the split into prefill and decode
+workers that serves it best, of those in PREFILL or `--prefill`, by the first seed, at 90 % and
+coarsely; with that it is searched finely. A seed after the first begins where the first ended.
 
 Every search is appended to `--store` (default benchmarks/results/goodput.jsonl) and never made
 twice by the same code, so the run can be broken off at any time and goes on where it was.
@@ -108,32 +107,38 @@ def coarse_cells(
             yield Cell(model, workload, policy, prefill, 0, SHARES[0], *cut)
 
 
-def best_splits(
+def best_split(
     store: Store, model: str, workload: str, policy: str, wanted: Wanted
-) -> dict[int, float]:
-    """Goodput by prefill engines, of the splits that are as good as the best; empty while not all
-    are known."""
+) -> tuple[int, float] | None:
+    """Prefill engines of the split that serves a policy best, and what it serves coarsely; None
+    while not all are known, and if none serves anything."""
     found = {
         cell.prefill: goodput
         for cell in coarse_cells(model, workload, [policy], wanted)
         if (goodput := store.goodput(cell)) is not None
     }
     if len(found) < len(wanted.splits) or not any(found.values()):
-        return {}
-    enough = max(found.values()) / (1 + COARSE)
-    return {prefill: goodput for prefill, goodput in found.items() if goodput >= enough}
+        return None
+    best = max(found, key=found.__getitem__)
+    return best, found[best]
 
 
 def fine_cells(
     store: Store, model: str, workload: str, policies: Iterable[str], wanted: Wanted
 ) -> Iterator[tuple[Cell, float]]:
-    """Searches with the best split, and where each begins."""
+    """Searches with the best split, and where each begins; of the first seed alone while that is
+    not known."""
     for policy in policies:
-        for prefill, goodput in best_splits(store, model, workload, policy, wanted).items():
-            for share in SHARES:
-                for seed in range(wanted.seeds):
-                    cut = (FINE, wanted.requests, code_digest())
-                    yield Cell(model, workload, policy, prefill, seed, share, *cut), goodput
+        if (best := best_split(store, model, workload, policy, wanted)) is None:
+            continue
+        prefill, coarse_rps = best
+        for share in SHARES:
+            cut = (share, FINE, wanted.requests, code_digest())
+            first = Cell(model, workload, policy, prefill, 0, *cut)
+            yield first, coarse_rps
+            if first_rps := store.goodput(first):
+                for seed in range(1, wanted.seeds):
+                    yield replace(first, seed=seed), first_rps
 
 
 def work(store: Store, cells: list[tuple[Cell, float]], shared: Path, jobs: int) -> None:
@@ -180,14 +185,14 @@ def _rows(
     for workload in WORKLOADS:
         texts, means = {}, {}
         for policy in POLICIES:
-            found: dict[int, list[float]] = {}
+            found: list[float] = []
             for cell, _ in fine_cells(store, model, workload, [policy], wanted):
                 if cell.share == share and (goodput := store.goodput(cell)) is not None:
-                    found.setdefault(cell.prefill, []).append(goodput / gpus)
+                    found.append(goodput / gpus)
+                    prefill = cell.prefill
             if found:
-                best = max(found, key=lambda prefill: statistics.mean(found[prefill]))
-                means[policy] = statistics.mean(found[best])
-                texts[policy] = f"{_interval(found[best])} ({best})"
+                means[policy] = statistics.mean(found)
+                texts[policy] = f"{_interval(found)} ({prefill})"
         if OURS in means and len(means) > 1:
             peer = max(mean for policy, mean in means.items() if policy != OURS)
             texts["baton over the best peer"] = f"{means[OURS] / peer:.2f}" if peer else "only one"
@@ -208,14 +213,20 @@ def _interval(values: list[float]) -> str:
 
 
 def work_all(store: Store, given: argparse.Namespace, wanted: Wanted) -> None:
-    """All that was asked for and is not there yet: coarsely first, which tells what to refine."""
+    """All that was asked for and is not there yet: each round tells what the next refines."""
     for model in given.models:
-        for workload in given.workloads:
-            start = WORKLOADS[workload].start_rps * MODELS[model][2]
-            asked = (model, workload, given.policies)
-            coarse = [(cell, start) for cell in coarse_cells(*asked, wanted)]
-            work(store, coarse, given.shared, given.jobs)
-            fine = list(fine_cells(store, *asked, wanted))
+        coarse = [
+            (cell, WORKLOADS[workload].start_rps * MODELS[model][2])
+            for workload in given.workloads
+            for cell in coarse_cells(model, workload, given.policies, wanted)
+        ]
+        work(store, coarse, given.shared, given.jobs)
+        for _ in ("the first seed", "the others"):
+            fine = [
+                each
+                for workload in given.workloads
+                for each in fine_cells(store, model, workload, given.policies, wanted)
+            ]
             work(store, fine, given.shared, given.jobs)
 
 

@@ -37,7 +37,8 @@ class Workload:
     grid_s: float = 0.0
     """Of the trace's clock."""
     most_requests: int = 4000
-    """Of a cut: enough to last for several times as long as a request."""
+    """Of a cut: of a trace 20 minutes by its own clock or more, and enough to last for several
+    times as long as a request."""
 
     def requests(self, shared: Path, rate_rps: float, seed: int) -> Iterator[TracedRequest]:
         """At this mean rate, in the order of their arrival."""
@@ -64,13 +65,13 @@ WORKLOADS: Final[dict[str, Workload]] = {
     each.name: each
     for each in (
         Workload("mooncake_conversation", _LONG, 9.0, grid_s=3.0),
-        Workload("prefix-groups", _SHORT, 20.0),
-        Workload("bursty", _SHORT, 90.0, most_requests=12_000),
+        Workload("prefix-groups", _SHORT, 60.0),
+        Workload("bursty", _SHORT, 200.0, most_requests=8_000),
         # Long enough for most of its requests to come once as many chains end as begin.
         Workload("agents", _SHORT, 60.0, most_requests=10_000),
-        Workload("azure2023_conv", _SHORT, 100.0, most_requests=12_000),
+        Workload("azure2023_conv", _SHORT, 130.0, most_requests=6_600),
         Workload("mooncake_arxiv_first1000", _LONG, 12.0, grid_s=3.0),
-        Workload("servegen_m-large_day9_24h", _SHORT, 150.0, most_requests=12_000),
+        Workload("servegen_m-large_day9_24h", _SHORT, 200.0, most_requests=6_000),
     )
 }
 

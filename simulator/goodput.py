@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-STEP: Final = 1.5
-"""From a rate to the next while neither end is known."""
+LONGEST_STEP: Final = 2.0
+"""From a rate to the next while neither end is known; the first is as short as the search is fine,
+for a start that is nearly right."""
 
 
 def highest_rate(
@@ -17,11 +18,12 @@ def highest_rate(
     `serves` is asked as if rates beyond one that is not served were not served either.
     """
     low = high = start_rps
+    step = 1 + precision
     if serves(start_rps):
-        while serves(high := low * STEP):
+        while serves(high := low * (step := min(LONGEST_STEP, step * step))):
             low = high
     else:
-        while not serves(low := high / STEP):
+        while not serves(low := high / (step := min(LONGEST_STEP, step * step))):
             high = low
             if low < least_rps:
                 return 0.0

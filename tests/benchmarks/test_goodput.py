@@ -35,12 +35,16 @@ def test_fine_searches_follow_the_best_split(tmp_path: Path) -> None:
         assert list(fine_cells(store, "8b", "bursty", ["random"], TWO)) == []
         store.add(each, found, [])
     fine = list(fine_cells(store, "8b", "bursty", ["random"], TWO))
-    first, second, _ = goodput.PREFILL
-    assert {(each.prefill, start) for each, start in fine} == {(first, 8.5), (second, 9.0)}
-    assert len(fine) == 2 * len(goodput.SHARES) * 2
+    second = goodput.PREFILL[1]
+    assert {(each.prefill, each.seed, start) for each, start in fine} == {(second, 0, 9.0)}
+    assert [each.share for each, _ in fine] == list(goodput.SHARES)
     for each, _ in fine:
-        store.add(each, 24.0 if each.prefill == first else 16.0, [])
-    assert f"| random | 3 ± 0 ({first}) |" in report(store, TWO)
+        store.add(each, 24.0, [])
+    fine = list(fine_cells(store, "8b", "bursty", ["random"], TWO))
+    assert [(each.seed, start) for each, start in fine] == 2 * [(0, 9.0), (1, 24.0)]
+    for each, _ in fine:
+        store.add(each, 24.0 if each.seed else 16.0, [])
+    assert f"| random | 2.5 ± 6.4 ({second}) |" in report(store, TWO)
 
 
 def test_other_cuts_are_other_searches(tmp_path: Path) -> None:
