@@ -34,6 +34,7 @@ def die_with(parent_pid: int) -> None:
 def run(launch_path: Path) -> None:
     """Build vLLM's configuration and run EngineCore until told to stop."""
     launch = load(launch_path)
+    import torch
     from vllm.config import KVEventsConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -43,6 +44,9 @@ def run(launch_path: Path) -> None:
     from engine.vllm_host.model_worker import ResumingWorker
     from engine.vllm_host.scheduler import BatonAsyncScheduler, BatonScheduler
 
+    # On a CPU with AMX vLLM's attention uses it, and dies of SIGILL if nothing in this process has
+    # asked the kernel for its registers. Most models' linear layers have by then; it asks anywhere.
+    torch.cpu._init_amx()
     args = EngineArgs(
         **_typed(launch.engine_args),
         worker_cls=f"{ResumingWorker.__module__}.{ResumingWorker.__qualname__}",
