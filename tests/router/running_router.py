@@ -133,11 +133,11 @@ class Unit:
     def __init__(
         self, directory: Path, local_prefill_max_tokens: int = 0,
         record_events: Path | None = None, joint: JointSettings | None = None,
-        share_prefixes: SharePrefixes = "cluster",
+        share_prefixes: SharePrefixes = "cluster", router_id: str = "unit",
     ) -> None:  # fmt: skip
         self.paths = UnitPaths(directory)
         settings = RouterSettings(
-            router_id="unit",
+            router_id=router_id,
             link_token=TOKEN,
             expect_prefill=True,
             joint=joint,
@@ -158,10 +158,18 @@ class Unit:
 
     async def start(self, *workers: str, step_s: float = STEP_S) -> None:
         """Workers named p... and d..., and a router that sees them."""
-        await self.anchor.listen()
-        self.start_router()
         for worker in workers:
             self.start_worker(worker, step_s)
+        await self._start_router()
+
+    async def start_beside(self, other: Unit) -> None:
+        """A router that sees another unit's workers."""
+        self._members = dict(other._members)
+        await self._start_router()
+
+    async def _start_router(self) -> None:
+        await self.anchor.listen()
+        self.start_router()
         self.tell_members()
         await until(lambda: self.anchor.ready)
         await self.healthy()
