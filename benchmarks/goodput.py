@@ -2,8 +2,8 @@
 
 For each workload and policy on a simulated cluster: the highest rate at which 90 % (and 99 %) of
 requests meet both SLOs. Each policy, Baton's too, first gets the split into prefill and decode
-workers that serves it best, of those in PREFILL or `--prefill`, by the first seed, at 90 % and
-coarsely; with that it is searched finely. A seed after the first begins where the first ended.
+workers that serves it best, of those in PREFILL or `--prefill`, by the first seed and coarsely;
+with that it is searched finely. A seed after the first begins where the first ended.
 
 Every search is appended to `--store` (default benchmarks/results/goodput.jsonl) and never made
 twice by the same code, so the run can be broken off at any time and goes on where it was.
@@ -98,23 +98,23 @@ class Wanted(NamedTuple):
 
 
 def coarse_cells(
-    model: str, workload: str, policies: Iterable[str], wanted: Wanted
+    model: str, workload: str, policies: Iterable[str], share: float, wanted: Wanted
 ) -> Iterator[Cell]:
     """Which split is a policy's best?"""
     for policy in policies:
         for prefill in wanted.splits:
             cut = (COARSE, wanted.requests, code_digest())
-            yield Cell(model, workload, policy, prefill, 0, SHARES[0], *cut)
+            yield Cell(model, workload, policy, prefill, 0, share, *cut)
 
 
 def best_split(
-    store: Store, model: str, workload: str, policy: str, wanted: Wanted
+    store: Store, model: str, workload: str, policy: str, share: float, wanted: Wanted
 ) -> tuple[int, float] | None:
     """Prefill engines of the split that serves a policy best, and what it serves coarsely; None
     while not all are known, and if none serves anything."""
     found = {
         cell.prefill: goodput
-        for cell in coarse_cells(model, workload, [policy], wanted)
+        for cell in coarse_cells(model, workload, [policy], share, wanted)
         if (goodput := store.goodput(cell)) is not None
     }
     if len(found) < len(wanted.splits) or not any(found.values()):
@@ -129,10 +129,11 @@ def fine_cells(
     """Searches with the best split, and where each begins; of the first seed alone while that is
     not known."""
     for policy in policies:
-        if (best := best_split(store, model, workload, policy, wanted)) is None:
-            continue
-        prefill, coarse_rps = best
         for share in SHARES:
+            best = best_split(store, model, workload, policy, share, wanted)
+            if best is None:
+                continue
+            prefill, coarse_rps = best
             cut = (share, FINE, wanted.requests, code_digest())
             first = Cell(model, workload, policy, prefill, 0, *cut)
             yield first, coarse_rps
@@ -218,7 +219,8 @@ def work_all(store: Store, given: argparse.Namespace, wanted: Wanted) -> None:
         coarse = [
             (cell, WORKLOADS[workload].start_rps * MODELS[model][2])
             for workload in given.workloads
-            for cell in coarse_cells(model, workload, given.policies, wanted)
+            for share in SHARES
+            for cell in coarse_cells(model, workload, given.policies, share, wanted)
         ]
         work(store, coarse, given.shared, given.jobs)
         for _ in ("the first seed", "the others"):

@@ -67,6 +67,7 @@ SPACES: Final[dict[str, dict[str, Range]]] = {
     OURS: {
         "arriving": Range(0.5, 20.0),
         "later": Range(2.0, 100.0),
+        "delayed": Range(0.5, 50.0),
         "floor": Range(0.002, 0.2),
         "hold": Range(0.03, 1.0),
         "share_window_s": Range(2.0, 60.0),

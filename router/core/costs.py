@@ -50,6 +50,9 @@ class Weights:
     later: float = 20.0
     """As how many they count at most, beside those that wait now; and while nobody knows how often
     they come."""
+    delayed: float = 8.0
+    """How much it weighs that a prompt's time falls on few tokens of those outputs beside it that
+    are short: docs/adr/0007."""
     floor: float = 0.02
     """What a prompt's time costs at least, where nothing waits: so caches are used."""
     hold: float = 0.15
@@ -75,6 +78,8 @@ class Asked:
     context_tokens: float
     """What the request adds to decode steps, on average over its life."""
     slo: Slo
+    delayed_square: float
+    """See `OutputLengths`."""
 
 
 class Found(NamedTuple):
@@ -215,7 +220,7 @@ class Pricing:
         # that as its own too: without it prompts are sent past caches.
         tpot_s, others_s = step_s / there.left, step_s / there.left_with_it
         cost = self._behind(ask, there) + self._own(ask, others_s)
-        cost += self._beside(ask, there, others_s) + there.crowding
+        cost += self._beside(ask, there, others_s) + self._delayed(ask, there) + there.crowding
         none = there.columns.none
         return cost, there.cached, there.queue_s, there.prefill_s, none, there.ttft_s, tpot_s
 
@@ -238,6 +243,14 @@ class Pricing:
         before_s = there.tpot_before_s
         more = (tpot_s * tpot_s - before_s * before_s) / ask.slo.tpot_s**2
         cost: Column = self._learned.step.square_over_median * there.columns.decodes * more
+        return cost
+
+    def _delayed(self, ask: Asked, there: Found) -> Column:
+        """What those are hurt beyond that, because their outputs are not equally long: spread over
+        a window, as `_beside` does, a long prompt's time seems to fall on everyone alike."""
+        each = ask.delayed_square * (there.occupies_s / ask.slo.tpot_s) ** 2
+        weight = self._weights.delayed * self._learned.step.square_over_median
+        cost: Column = weight * there.columns.decodes * each
         return cost
 
     def _own(self, ask: Asked, tpot_s: Column) -> Column:

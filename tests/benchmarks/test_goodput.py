@@ -30,18 +30,26 @@ def test_what_was_found_is_read_back(tmp_path: Path) -> None:
 
 def test_fine_searches_follow_the_best_split(tmp_path: Path) -> None:
     store = Store(tmp_path / "goodput.jsonl")
-    coarse = coarse_cells("8b", "bursty", ["random"], TWO)
-    for each, found in zip(coarse, (8.5, 9.0, 1.0), strict=True):
-        assert list(fine_cells(store, "8b", "bursty", ["random"], TWO)) == []
-        store.add(each, found, [])
+    for share, goodputs in zip(goodput.SHARES, ((8.5, 9.0, 1.0), (2.0, 5.0, 6.0)), strict=True):
+        coarse = coarse_cells("8b", "bursty", ["random"], share, TWO)
+        for each, found in zip(coarse, goodputs, strict=True):
+            assert share not in {
+                cell.share for cell, _ in fine_cells(store, "8b", "bursty", ["random"], TWO)
+            }
+            store.add(each, found, [])
     fine = list(fine_cells(store, "8b", "bursty", ["random"], TWO))
-    second = goodput.PREFILL[1]
-    assert {(each.prefill, each.seed, start) for each, start in fine} == {(second, 0, 9.0)}
-    assert [each.share for each, _ in fine] == list(goodput.SHARES)
+    _, second, third = goodput.PREFILL
+    of_each = [(each.share, each.prefill, each.seed, start) for each, start in fine]
+    assert of_each == [(goodput.SHARES[0], second, 0, 9.0), (goodput.SHARES[1], third, 0, 6.0)]
     for each, _ in fine:
         store.add(each, 24.0, [])
     fine = list(fine_cells(store, "8b", "bursty", ["random"], TWO))
-    assert [(each.seed, start) for each, start in fine] == 2 * [(0, 9.0), (1, 24.0)]
+    assert [(each.seed, start) for each, start in fine] == [
+        (0, 9.0),
+        (1, 24.0),
+        (0, 6.0),
+        (1, 24.0),
+    ]
     for each, _ in fine:
         store.add(each, 24.0 if each.seed else 16.0, [])
     assert f"| random | 2.5 ± 6.4 ({second}) |" in report(store, TWO)

@@ -72,6 +72,24 @@ def test_a_long_prompt_is_kept_from_those_who_decode() -> None:
     )
 
 
+def test_prompts_are_kept_longer_from_outputs_of_which_some_are_short() -> None:
+    def kept(*output_tokens: int) -> int:
+        """How many prompts go to the prefill worker before the first is computed beside others."""
+        bench = Bench("p1", "d1")
+        for number in range(1, 209):
+            bench.place(tokens=256, prefix=number)
+            bench.first_token(number)
+            bench.now_s += 1.0
+            if number <= 200:
+                bench.ended(number, output_tokens[number % len(output_tokens)])
+        prompts = range(1000, 1010)
+        reasons = [bench.place(tokens=2560, prefix=prefix).reason for prefix in prompts]
+        return reasons.index(Reason.WHOLE_COSTS_LESS)
+
+    assert kept(256) == 1
+    assert kept(4, 508) > 3
+
+
 def test_a_prompt_that_is_cached_where_it_decodes_stays_there() -> None:
     bench = Bench("p1", "d1")
     bench.index.store("d1", addresses(7, 2560))

@@ -35,3 +35,17 @@ def test_kinds_are_bounded() -> None:
     for number in range(KINDS_KEPT + 50):
         lengths.observe(str(number), 1000)
     assert len(lengths._by_kind) == KINDS_KEPT
+
+
+def test_a_delay_falls_on_few_tokens_of_short_outputs() -> None:
+    alike, unlike = OutputLengths(), OutputLengths()
+    for _ in range(4000):
+        alike.observe("", 101)
+        unlike.observe("", 2)
+        unlike.observe("", 200)
+    assert alike.delayed_square == pytest.approx(1 / 100**2, rel=0.01)
+    # On average they have as many gaps; half of them have but one.
+    assert unlike.delayed_square == pytest.approx((1 + 1 / 199) / 2 / 100, rel=0.2)
+    before = alike.delayed_square
+    alike.observe("", 1)  # Of one token there is nothing to delay.
+    assert alike.delayed_square == before
