@@ -27,9 +27,6 @@ Amount = TypeVar("Amount", float, Column)
 
 COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s")
 LEAST_STEP_S: Final = 1e-6
-_FULL: Final = 0.9
-"""Of a KV cache: beyond that, requests wait for others to end."""
-_FULL_COST: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +87,10 @@ class Found(NamedTuple):
     """Tokens of the prompt."""
     later: Column
     """How many prompts come after it and lose its time."""
+    room_s: Column
+    """How long until its KV cache has room for the prompt."""
     queue_s: Column
+    """The longer of that and of the prompts before it."""
     work_s: Column
     """What the profile says of the rest of the prompt's tokens."""
     base_s: Column
@@ -108,7 +108,6 @@ class Found(NamedTuple):
     tpot_before_s: Column
     ttft_s: Column
     """If its prompt is computed there."""
-    crowding: Column
 
 
 class Pricing:
@@ -162,8 +161,10 @@ class Pricing:
         takes_s = self._learned.prefill.value * work_s
         base_s = np.ceil(steps) * running_s
         prefill_s, occupies_s = takes_s + base_s, takes_s + steps * running_s
-        queue_s, share = columns.queue_s(ask.now_s), columns.prefill_share(ask.now_s, window_s)
+        share = columns.prefill_share(ask.now_s, window_s)
         left = 1 - share
+        room_s = _room_s(ask, columns, cached, running_s / left)
+        queue_s = np.maximum(room_s, columns.queue_s(ask.now_s))
         left_with_it = 1 - np.minimum(LARGEST_SHARE, share + occupies_s / window_s)
         later = columns.waiting + weights.later
         if (rate_rps := arrivals.rate_rps(ask.now_s)) is not None:
@@ -172,8 +173,8 @@ class Pricing:
             coming = weights.arriving * each_rps * (queue_s + arrivals.mean_s)
             later = columns.waiting + np.minimum(weights.later, coming)
         return Found(
-            columns, cached, later, queue_s, work_s, base_s, prefill_s, occupies_s, before_s, left,
-            left_with_it, before_s / left, queue_s + prefill_s, _crowding(ask, columns, cached),
+            columns, cached, later, room_s, queue_s, work_s, base_s, prefill_s, occupies_s,
+            before_s, left, left_with_it, before_s / left, queue_s + prefill_s,
         )  # fmt: skip
 
     def all_busy(self, there: Found, computing: slice, promised_ttft_s: float) -> bool:
@@ -206,9 +207,9 @@ class Pricing:
         blocks = (ask.tokens - there.cached) / there.columns.block_tokens
         transfer_s = self._learned.transfer.mean * self.profiled_transfer_s(blocks, there.before_s)
         tpot_s = self._with_it_s(ask, there) / there.left
-        cost = self._beside(ask, there, tpot_s) + there.crowding
-        # Its client waits for the second token while the prompt's state moves.
-        tpot_s = tpot_s + transfer_s / ask.length_tokens
+        cost = self._beside(ask, there, tpot_s)
+        # Its client waits for the second token while the prompt's state waits for room and moves.
+        tpot_s = tpot_s + (there.room_s + transfer_s) / ask.length_tokens
         cost += self._own(ask, tpot_s)
         none = there.columns.none
         return cost, there.cached, none, none, transfer_s, none, tpot_s
@@ -220,7 +221,7 @@ class Pricing:
         # that as its own too: without it prompts are sent past caches.
         tpot_s, others_s = step_s / there.left, step_s / there.left_with_it
         cost = self._behind(ask, there) + self._own(ask, others_s)
-        cost += self._beside(ask, there, others_s) + self._delayed(ask, there) + there.crowding
+        cost += self._beside(ask, there, others_s) + self._delayed(ask, there)
         none = there.columns.none
         return cost, there.cached, there.queue_s, there.prefill_s, none, there.ttft_s, tpot_s
 
@@ -260,13 +261,17 @@ class Pricing:
         return cost
 
 
-def _crowding(ask: Asked, columns: Columns, cached: Column) -> Column:
-    """What it costs that a KV cache has no room: requests wait for others to end.
+def _room_s(ask: Asked, columns: Columns, cached: Column, tpot_s: Column) -> Column:
+    """How long until a KV cache has room for the prompt: as many of those that decode there end,
+    one after the other while the rest grow, as it takes.
 
     What is there is reported, so that what requests share counts once.
     """
-    coming_tokens = columns.coming_tokens + ask.tokens - cached
-    blocks = columns.kv_blocks_used() + coming_tokens / columns.block_tokens
-    over = np.maximum(0.0, blocks / columns.kv_blocks - _FULL)
-    cost: Column = (columns.decodes + 1) * over * _FULL_COST
-    return cost
+    used_tokens = columns.kv_blocks_used() * columns.block_tokens
+    room_tokens = columns.kv_blocks * columns.block_tokens - used_tokens - columns.coming_tokens
+    short_tokens = ask.tokens - cached - room_tokens
+    running = np.maximum(1.0, columns.running)
+    each_frees_tokens = np.maximum(1.0, used_tokens / running - ask.length_tokens)
+    ends = np.minimum(running, np.ceil(np.maximum(0.0, short_tokens) / each_frees_tokens))
+    room_s: Column = ends / running * ask.length_tokens * tpot_s
+    return room_s
