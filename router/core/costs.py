@@ -263,7 +263,8 @@ class Pricing:
 
 def _room_s(ask: Asked, columns: Columns, cached: Column, tpot_s: Column) -> Column:
     """How long until a KV cache has room for the prompt: as many of those that decode there end,
-    one after the other while the rest grow, as it takes.
+    one after the other while the rest grow, as it takes. Where only prompts are computed each makes
+    room for the next, and the queue says how long that takes.
 
     What is there is reported, so that what requests share counts once.
     """
@@ -274,4 +275,6 @@ def _room_s(ask: Asked, columns: Columns, cached: Column, tpot_s: Column) -> Col
     each_frees_tokens = np.maximum(1.0, used_tokens / running - ask.length_tokens)
     ends = np.minimum(running, np.ceil(np.maximum(0.0, short_tokens) / each_frees_tokens))
     room_s: Column = ends / running * ask.length_tokens * tpot_s
+    if columns.has_decode:
+        room_s[columns.prefill] = 0.0
     return room_s

@@ -9,7 +9,7 @@ from engine.latency_model import StepTimes
 from engine.spec import SimulatedTiming
 from protos.ids import WorkerId
 from router.core.backlog import Before
-from router.core.events import Shape
+from router.core.events import Role, Shape
 from router.core.joint import JointPlacement
 from router.core.placement import Expected
 from tests.router.core.joint_bench import SLO, Bench, predicted
@@ -65,6 +65,17 @@ def test_where_a_cache_is_full_as_many_are_waited_for_as_it_takes() -> None:
     longer = bench.policy.expect(bench.now_s, bench.view, Shape(120_000, 200), NOTHING)
     assert longer is not None
     assert longer.ttft_s - longer.alone_ttft_s > 1.5 * queue_s(2995)
+
+
+def test_prompts_that_wait_for_a_prefill_worker_need_no_room_at_once() -> None:
+    bench = Bench("p1", "d1")
+    for _ in range(200):
+        bench.policy.stopped("", 20_000)  # Where outputs are made, room takes minutes.
+    decisions = [bench.place(tokens=25_600, prefix=number) for number in range(60)]
+    assert sum(each.prefill == "p1" for each in decisions) * 200 > 3000  # Blocks.
+    queue_s = bench.policy.forecasts[WorkerId("p1")].queue_s(bench.now_s)
+    numbers = predicted(bench.place(tokens=25_600, prefix=99), "p1", Role.PREFILL)
+    assert numbers["queue_s"] == pytest.approx(queue_s)
 
 
 def test_prompts_share_a_steps_base() -> None:
