@@ -137,9 +137,9 @@ def fine_cells(
             cut = (share, FINE, wanted.requests, code_digest())
             first = Cell(model, workload, policy, prefill, 0, *cut)
             yield first, coarse_rps
-            if first_rps := store.goodput(first):
+            if (first_rps := store.goodput(first)) is not None:
                 for seed in range(1, wanted.seeds):
-                    yield replace(first, seed=seed), first_rps
+                    yield replace(first, seed=seed), first_rps or coarse_rps
 
 
 def work(store: Store, cells: list[tuple[Cell, float]], shared: Path, jobs: int) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Final
 
 LONGEST_STEP: Final = 2.0
-"""From a rate to the next while neither end is known; the first is as short as the search is fine,
-for a start that is nearly right."""
+"""From a rate to the next while neither end is known; the first is about twice as long as the
+search is fine, for a start that is nearly right."""
 
 
 def highest_rate(

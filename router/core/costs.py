@@ -77,6 +77,8 @@ class Asked:
     slo: Slo
     delayed_square: float
     """See `OutputLengths`."""
+    others_tokens: float
+    """How long outputs get, whoever asks."""
 
 
 class Found(NamedTuple):
@@ -87,10 +89,7 @@ class Found(NamedTuple):
     """Tokens of the prompt."""
     later: Column
     """How many prompts come after it and lose its time."""
-    room_s: Column
-    """How long until its KV cache has room for the prompt."""
     queue_s: Column
-    """The longer of that and of the prompts before it."""
     work_s: Column
     """What the profile says of the rest of the prompt's tokens."""
     base_s: Column
@@ -108,6 +107,8 @@ class Found(NamedTuple):
     tpot_before_s: Column
     ttft_s: Column
     """If its prompt is computed there."""
+    room_s: Column
+    """See `_room_s`."""
 
 
 class Pricing:
@@ -163,8 +164,7 @@ class Pricing:
         prefill_s, occupies_s = takes_s + base_s, takes_s + steps * running_s
         share = columns.prefill_share(ask.now_s, window_s)
         left = 1 - share
-        room_s = _room_s(ask, columns, cached, running_s / left)
-        queue_s = np.maximum(room_s, columns.queue_s(ask.now_s))
+        queue_s = columns.queue_s(ask.now_s)
         left_with_it = 1 - np.minimum(LARGEST_SHARE, share + occupies_s / window_s)
         later = columns.waiting + weights.later
         if (rate_rps := arrivals.rate_rps(ask.now_s)) is not None:
@@ -173,8 +173,9 @@ class Pricing:
             coming = weights.arriving * each_rps * (queue_s + arrivals.mean_s)
             later = columns.waiting + np.minimum(weights.later, coming)
         return Found(
-            columns, cached, later, room_s, queue_s, work_s, base_s, prefill_s, occupies_s,
+            columns, cached, later, queue_s, work_s, base_s, prefill_s, occupies_s,
             before_s, left, left_with_it, before_s / left, queue_s + prefill_s,
+            _room_s(ask, columns, cached, running_s / left),
         )  # fmt: skip
 
     def all_busy(self, there: Found, computing: slice, promised_ttft_s: float) -> bool:
@@ -208,9 +209,9 @@ class Pricing:
         transfer_s = self._learned.transfer.mean * self.profiled_transfer_s(blocks, there.before_s)
         tpot_s = self._with_it_s(ask, there) / there.left
         cost = self._beside(ask, there, tpot_s)
-        # Its client waits for the second token while the prompt's state waits for room and moves.
-        tpot_s = tpot_s + (there.room_s + transfer_s) / ask.length_tokens
-        cost += self._own(ask, tpot_s)
+        # Its client waits for the second token while the prompt's state moves.
+        tpot_s = tpot_s + transfer_s / ask.length_tokens
+        cost += self._own(ask, tpot_s + there.room_s / ask.length_tokens)
         none = there.columns.none
         return cost, there.cached, none, none, transfer_s, none, tpot_s
 
@@ -222,6 +223,7 @@ class Pricing:
         tpot_s, others_s = step_s / there.left, step_s / there.left_with_it
         cost = self._behind(ask, there) + self._own(ask, others_s)
         cost += self._beside(ask, there, others_s) + self._delayed(ask, there)
+        cost += (there.room_s / ask.slo.ttft_s) ** 2
         none = there.columns.none
         return cost, there.cached, there.queue_s, there.prefill_s, none, there.ttft_s, tpot_s
 
@@ -262,19 +264,16 @@ class Pricing:
 
 
 def _room_s(ask: Asked, columns: Columns, cached: Column, tpot_s: Column) -> Column:
-    """How long until a KV cache has room for the prompt: as many of those that decode there end,
-    one after the other while the rest grow, as it takes. Where only prompts are computed each makes
-    room for the next, and the queue says how long that takes.
+    """How long until a KV cache has room for the request: until as many of those that decode there
+    have ended as hold what is missing, at least one. A guess, since nobody knows who ends when and
+    what of it is shared: so it is in costs alone, and nothing is predicted by it.
 
     What is there is reported, so that what requests share counts once.
     """
     used_tokens = columns.kv_blocks_used() * columns.block_tokens
     room_tokens = columns.kv_blocks * columns.block_tokens - used_tokens - columns.coming_tokens
-    short_tokens = ask.tokens - cached - room_tokens
-    running = np.maximum(1.0, columns.running)
-    each_frees_tokens = np.maximum(1.0, used_tokens / running - ask.length_tokens)
-    ends = np.minimum(running, np.ceil(np.maximum(0.0, short_tokens) / each_frees_tokens))
-    room_s: Column = ends / running * ask.length_tokens * tpot_s
-    if columns.has_decode:
-        room_s[columns.prefill] = 0.0
+    missing_tokens = ask.tokens - cached - room_tokens
+    one = 1 / np.maximum(1.0, columns.running)
+    share = np.clip(missing_tokens / np.maximum(1.0, used_tokens), one, 1.0)
+    room_s: Column = np.where(missing_tokens > 0, share * ask.others_tokens * tpot_s, 0.0)
     return room_s

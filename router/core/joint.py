@@ -283,7 +283,10 @@ class JointPlacement:
         length = self._lengths.expect(shape.kind, shape.max_tokens, shape.output_tokens)
         tokens = shape.prompt_tokens + shape.output_tokens
         slo = Slo(shape.ttft_slo_s or self._slo.ttft_s, shape.tpot_slo_s or self._slo.tpot_s)
-        return Asked(now_s, tokens, length, tokens + length / 2, slo, self._lengths.delayed_square)
+        return Asked(
+            now_s, tokens, length, tokens + length / 2, slo, self._lengths.delayed_square,
+            self._lengths.mean_tokens,
+        )  # fmt: skip
 
     def _held(self, view: View, shape: Shape) -> dict[str, int]:
         """Tokens of the prompt that each worker holds, or will when its turn comes."""

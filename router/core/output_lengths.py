@@ -22,6 +22,7 @@ class OutputLengths:
     def __init__(self) -> None:
         self._all = FIRST_GUESS_TOKENS
         self._seen = 0
+        self._with_gaps = 0
         self._gaps = FIRST_GUESS_TOKENS
         self._per_gap = FIRST_GUESS_SHAPE / FIRST_GUESS_TOKENS
         self._by_kind: OrderedDict[str, float] = OrderedDict()
@@ -34,6 +35,11 @@ class OutputLengths:
         if max_tokens is not None:
             left = min(left, max_tokens - made_tokens)
         return max(1.0, left)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of all kinds."""
+        return self._all
 
     @property
     def delayed_square(self) -> float:
@@ -49,7 +55,8 @@ class OutputLengths:
         self._all += max(WEIGHT, 1 / (self._seen + 1)) * (output_tokens - self._all)
         self._by_kind[kind] = before + WEIGHT * (output_tokens - before)
         if (gaps := output_tokens - 1) > 0:
-            weight = max(SHAPE_WEIGHT, 1 / (self._seen + 1))
+            self._with_gaps += 1
+            weight = max(SHAPE_WEIGHT, 1 / (self._with_gaps + 1))
             self._gaps += weight * (gaps - self._gaps)
             self._per_gap += weight * (1 / gaps - self._per_gap)
         if len(self._by_kind) > KINDS_KEPT:

@@ -88,6 +88,8 @@ async def test_outputs_of_both_are_exact_while_one_dies(units: tuple[Unit, Unit]
     for unit in units:
         await unit.healthy()
         await unit.idle()
+    _, state = await one.get("/state")
+    assert state["counts"]["recovered"] > 0
     # Two's requests never saw it.
     _, state = await two.get("/state")
     assert state["counts"]["resends"] == 0

@@ -84,7 +84,7 @@ def test_prompts_are_kept_longer_from_outputs_of_which_some_are_short() -> None:
                 bench.ended(number, output_tokens[number % len(output_tokens)])
         prompts = range(1000, 1010)
         reasons = [bench.place(tokens=2560, prefix=prefix).reason for prefix in prompts]
-        return reasons.index(Reason.WHOLE_COSTS_LESS)
+        return [*reasons, Reason.WHOLE_COSTS_LESS].index(Reason.WHOLE_COSTS_LESS)
 
     assert kept(256) == 1
     assert kept(4, 508) > 3
@@ -122,6 +122,21 @@ def test_a_full_cache_is_avoided() -> None:
     assert full is not None
     full.load = EngineLoad(running=1, kv_blocks_used=2995, kv_blocks_total=3000)
     assert {bench.place(prefix=number).worker for number in range(10)} == {"d2"}
+
+
+def test_what_another_computed_goes_where_there_is_room() -> None:
+    bench = Bench("p1", "d1", "d2", slo=Slo(ttft_s=8.0, tpot_s=0.03))
+    full = bench.pool.get(WorkerId("d1"))
+    assert full is not None
+    full.load = EngineLoad(running=1, kv_blocks_used=2900, kv_blocks_total=3000)
+    decisions = []
+    for number in range(1, 9):
+        decisions.append(bench.place(tokens=25_600, prefix=number))
+        bench.now_s += 1.0
+        bench.first_token(number)
+        bench.ended(number, 256)
+    assert Reason.SPLIT_COSTS_LESS in {each.reason for each in decisions}
+    assert {each.worker for each in decisions} == {"d2"}
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from engine.base import EngineLoad
 from engine.latency_model import StepTimes
 from engine.spec import SimulatedTiming
-from protos.ids import WorkerId
 from router.core.backlog import Before
-from router.core.events import Role, Shape
+from router.core.events import Shape
 from router.core.joint import JointPlacement
 from router.core.placement import Expected
 from tests.router.core.joint_bench import SLO, Bench, predicted
@@ -41,41 +39,6 @@ def test_what_waits_is_waited_for_and_shrinks_with_time() -> None:
     bench.now_s += first_s / 4
     queue_s = predicted(bench.place(), "d1")["queue_s"]
     assert queue_s == pytest.approx(first_s * 3 / 4)
-
-
-def test_where_a_cache_is_full_as_many_are_waited_for_as_it_takes() -> None:
-    bench = Bench("d1")
-    for number in range(1, 5):
-        bench.place(prefix=number, max_tokens=200)
-        bench.first_token(number)
-    worker = bench.pool.get(WorkerId("d1"))
-    assert worker is not None
-
-    def queue_s(blocks_used: int) -> float:
-        worker.load = EngineLoad(running=4, kv_blocks_used=blocks_used, kv_blocks_total=3000)
-        expected = bench.policy.expect(bench.now_s, bench.view, Shape(1280, 200), NOTHING)
-        assert expected is not None
-        return expected.ttft_s - expected.alone_ttft_s
-
-    step_s = 0.006 + 4 * (13e-6 + (1280 + 100) * 43e-9)
-    beside_s = queue_s(2990)
-    assert beside_s < step_s  # Ten blocks are enough.
-    # Each of the four holds 750 blocks, less what the others' outputs take meanwhile.
-    assert queue_s(2995) - beside_s == pytest.approx(200 * step_s / 4, rel=0.3)
-    longer = bench.policy.expect(bench.now_s, bench.view, Shape(120_000, 200), NOTHING)
-    assert longer is not None
-    assert longer.ttft_s - longer.alone_ttft_s > 1.5 * queue_s(2995)
-
-
-def test_prompts_that_wait_for_a_prefill_worker_need_no_room_at_once() -> None:
-    bench = Bench("p1", "d1")
-    for _ in range(200):
-        bench.policy.stopped("", 20_000)  # Where outputs are made, room takes minutes.
-    decisions = [bench.place(tokens=25_600, prefix=number) for number in range(60)]
-    assert sum(each.prefill == "p1" for each in decisions) * 200 > 3000  # Blocks.
-    queue_s = bench.policy.forecasts[WorkerId("p1")].queue_s(bench.now_s)
-    numbers = predicted(bench.place(tokens=25_600, prefix=99), "p1", Role.PREFILL)
-    assert numbers["queue_s"] == pytest.approx(queue_s)
 
 
 def test_prompts_share_a_steps_base() -> None:
