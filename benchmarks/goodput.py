@@ -184,21 +184,30 @@ def _rows(
     store: Store, model: str, share: float, gpus: int, wanted: Wanted
 ) -> Iterator[tuple[str, dict[str, str]]]:
     for workload in WORKLOADS:
-        texts, means = {}, {}
+        texts: dict[str, str] = {}
+        by_seed: dict[str, dict[int, float]] = {}
         for policy in POLICIES:
-            found: list[float] = []
+            found: dict[int, float] = {}
             for cell, _ in fine_cells(store, model, workload, [policy], wanted):
                 if cell.share == share and (goodput := store.goodput(cell)) is not None:
-                    found.append(goodput / gpus)
+                    found[cell.seed] = goodput / gpus
                     prefill = cell.prefill
             if found:
-                means[policy] = statistics.mean(found)
-                texts[policy] = f"{_interval(found)} ({prefill})"
-        if OURS in means and len(means) > 1:
-            peer = max(mean for policy, mean in means.items() if policy != OURS)
-            texts["baton over the best peer"] = f"{means[OURS] / peer:.2f}" if peer else "only one"
+                by_seed[policy] = found
+                texts[policy] = f"{_interval(list(found.values()))} ({prefill})"
+        ours = by_seed.pop(OURS, {})
+        ratios = [_ratio(ours, peer) for peer in by_seed.values() if ours.keys() & peer.keys()]
+        if ratios:
+            texts["baton over the best peer"] = f"{min(ratios):.2f}"
         if texts:
             yield workload, texts
+
+
+def _ratio(ours: dict[int, float], peer: dict[int, float]) -> float:
+    """Of means over the seeds that both were searched with."""
+    seeds = ours.keys() & peer.keys()
+    theirs = sum(peer[seed] for seed in seeds)
+    return sum(ours[seed] for seed in seeds) / theirs if theirs else math.inf
 
 
 _T_95: Final = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}

@@ -55,6 +55,20 @@ def test_fine_searches_follow_the_best_split(tmp_path: Path) -> None:
     assert f"| random | 2.5 ± 6.4 ({second}) |" in report(store, TWO)
 
 
+def test_policies_are_compared_by_the_seeds_that_both_have(tmp_path: Path) -> None:
+    store = Store(tmp_path / "goodput.jsonl")
+    one = Wanted(seeds=1)
+    for policy, wanted, goodputs in (("baton", TWO, (24.0, 80.0)), ("random", one, (16.0,))):
+        for share in goodput.SHARES:
+            for each in coarse_cells("8b", "bursty", [policy], share, TWO):
+                store.add(each, 8.0, [])
+        for _ in range(2):
+            for each, _ in fine_cells(store, "8b", "bursty", [policy], wanted):
+                store.add(each, goodputs[each.seed], [])
+    text = report(store, TWO)
+    assert "| baton over the best peer | 1.50 |" in text
+
+
 def test_other_cuts_are_other_searches(tmp_path: Path) -> None:
     store = Store(tmp_path / "goodput.jsonl")
     store.add(cell(), 12.5, [])
