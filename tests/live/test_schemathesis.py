@@ -141,7 +141,10 @@ def explore(path: str, cluster: BatonServe, plain_url: str, examples: int) -> Fo
     schema = schemathesis.openapi.from_url(f"{plain_url}/openapi.json")
     with (
         httpx.Client(base_url=cluster.url, timeout=LIMIT_S) as ours,
-        httpx.Client(base_url=plain_url, timeout=LIMIT_S) as plain,
+        # It is asked so rarely that it closes kept connections just as they are used again.
+        httpx.Client(
+            base_url=plain_url, timeout=LIMIT_S, limits=httpx.Limits(max_keepalive_connections=0)
+        ) as plain,
     ):
         both = Both(ours, plain, path)
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
