@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.prefix_routing import RATES_RPS, SCHEDULERS, measured, simulate
 
+pytestmark = pytest.mark.slow
+
 COLLAPSED_S = 10.0
 HOLDS_S = 3.0
 

@@ -132,6 +132,7 @@ def test_keys_and_values_of_every_layer_matter(tiny: Tiny) -> None:
             assert changed.float().mean() >= 0.85, (layer, part)
 
 
+@pytest.mark.slow
 def test_text_does_not_depend_on_chunks_or_batch(tiny: Tiny) -> None:
     rng = random.Random(3)
     for length_tokens in (37, 300, 900):

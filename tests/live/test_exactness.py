@@ -20,6 +20,8 @@ from tests.live.cluster_process import BatonServe
 from tests.live.conftest import MODEL
 from tests.live.plain_vllm import plain_outputs
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = 208
 LENGTHS_TOKENS = [1, 2, 127, 128, 129, 255, 256, 257, 383, 384, 385, 511, 513, 640, 900, 1024, 1500]
 OUTPUT_LENGTHS_TOKENS = [2, 3, 7, 16, 33, 64, 1, 24]

@@ -6,10 +6,14 @@ import asyncio
 import random
 from pathlib import Path
 
+import pytest
+
 from engine.vllm_host.engine import VllmEngine
 from protos.enginecore import encode_manifest, hand_off_after_first_token, resume_from
 from tests.contract.engine_contract import Driver, driven, make_prompt, make_request, new_id
 from tests.live.vllm_engines import make_vllm
+
+pytestmark = pytest.mark.slow
 
 PROMPT_LENGTHS_TOKENS = [128, 160, 256, 300, 511, 700, 1023, 1100, 1440, 1500]
 ROUNDS = 10

@@ -273,6 +273,7 @@ async def assert_untouched(cluster: BatonServe, streams: list[Cut], killed_s: fl
 # The tests
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 async def test_a_killed_fast_front_takes_its_own_streams(paced: BatonServe) -> None:
     """ "If the anchor dies, its streams end, as when a front does." """

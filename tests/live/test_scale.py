@@ -14,6 +14,8 @@ import pytest
 from tests.live.cluster_process import HANDED_OVER, BatonServe
 from tests.live.streams import Stream, api_client, running, story
 
+pytestmark = pytest.mark.slow
+
 STREAMS = 200
 POOLS = {"aggregated": (0, 1), "1x1": (1, 1), "4x4": (4, 4)}
 
