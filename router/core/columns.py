@@ -27,7 +27,6 @@ class Columns:
         workers = self._workers = (*prefill, *decode)
         self.prefill = slice(0, len(prefill))
         self.decode = slice(len(prefill), len(workers))
-        self.has_decode = bool(decode)
         self.computing = len(prefill) or len(decode)
         """How many of them compute prompts, but for those that are computed where they decode."""
         self.ids = [worker.id for worker in workers]

@@ -162,9 +162,8 @@ class Pricing:
         takes_s = self._learned.prefill.value * work_s
         base_s = np.ceil(steps) * running_s
         prefill_s, occupies_s = takes_s + base_s, takes_s + steps * running_s
-        share = columns.prefill_share(ask.now_s, window_s)
+        queue_s, share = columns.queue_s(ask.now_s), columns.prefill_share(ask.now_s, window_s)
         left = 1 - share
-        queue_s = columns.queue_s(ask.now_s)
         left_with_it = 1 - np.minimum(LARGEST_SHARE, share + occupies_s / window_s)
         later = columns.waiting + weights.later
         if (rate_rps := arrivals.rate_rps(ask.now_s)) is not None:
@@ -272,7 +271,7 @@ def _room_s(ask: Asked, columns: Columns, cached: Column, tpot_s: Column) -> Col
     """
     used_tokens = columns.kv_blocks_used() * columns.block_tokens
     room_tokens = columns.kv_blocks * columns.block_tokens - used_tokens - columns.coming_tokens
-    missing_tokens = ask.tokens - cached - room_tokens
+    missing_tokens = ask.context_tokens - cached - room_tokens
     one = 1 / np.maximum(1.0, columns.running)
     share = np.clip(missing_tokens / np.maximum(1.0, used_tokens), one, 1.0)
     room_s: Column = np.where(missing_tokens > 0, share * ask.others_tokens * tpot_s, 0.0)

@@ -174,9 +174,10 @@ class JointPlacement:
     def _best(self, ask: Asked, view: View, shape: Shape, there: Found, kept: Shortlist) -> _Best:
         """One worker for all of it, or two."""
         columns, pricing = there.columns, self._pricing
-        last = columns.decode if columns.has_decode else columns.prefill
+        has_decode = bool(view.pool.usable(Role.DECODE))
+        last = columns.decode if has_decode else columns.prefill
         whole = self._least(Role.DECODE, columns, last, pricing.whole(ask, there), kept)
-        if not columns.has_decode:
+        if not has_decode:
             return _Best(Reason.DECODE_DOWN, whole, None, last)
         reason = never_split_because(view, shape, bool(view.pool.usable(Role.PREFILL)))
         if reason is not None:

@@ -120,7 +120,7 @@ def test_a_full_cache_is_avoided() -> None:
     bench = Bench("d1", "d2", tie=0)
     full = bench.pool.get(WorkerId("d1"))
     assert full is not None
-    full.load = EngineLoad(running=1, kv_blocks_used=2995, kv_blocks_total=3000)
+    full.load = EngineLoad(running=1, kv_blocks_used=2990, kv_blocks_total=3000)
     assert {bench.place(prefix=number).worker for number in range(10)} == {"d2"}
 
 
