@@ -1,9 +1,9 @@
 """Goodput of Baton's placement beside its peers': `python -m benchmarks.goodput [--report]`.
 
 For each workload and policy on a simulated cluster: the highest rate at which 90 % (and 99 %) of
-requests meet both SLOs. Each policy, Baton's too, first gets the split into prefill and decode
-workers that serves it best, of those in PREFILL or `--prefill`, by the first seed and coarsely;
-with that it is searched finely. A seed after the first begins where the first ended.
+requests meet both SLOs, with the split into prefill and decode workers that serves the policy best:
+with the first seed each of PREFILL is tried, and one that does not serve more than the best before
+it is given up at once. Later seeds keep that split, and begin where the first ended.
 
 Every search is appended to `--store` (default benchmarks/results/goodput.jsonl) and never made
 twice by the same code, so the run can be broken off at any time and goes on where it was.
@@ -17,9 +17,11 @@ import argparse
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -41,33 +43,75 @@ PREFILL: Final = (0, 3, 5)
 """Of the engines; 0: every engine does both."""
 SHARES: Final = (0.9, 0.99)
 LEAST_RPS: Final = 0.05
-COARSE: Final = 0.1
-FINE: Final = 0.03
+PRECISION: Final = 0.03
+STRONGEST: Final = (OURS, "llmd_guide", "mooncake", "dynamo_kv")
+MOST_SEEDS: Final = 5
+"""Of the strongest."""
+OTHERS_SEEDS: Final = 2
 
 
-def search(cell: Cell, shared: Path, start_rps: float) -> tuple[float, list[dict[str, Any]]]:
-    """The goodput of a cell, in requests per second, and the evaluations that it took."""
+class Found(NamedTuple):
+    """By a search."""
+
+    prefill: int
+    """Engines of the split that served most."""
+    goodput_rps: float
+    runs: list[dict[str, Any]]
+    """In the order in which they were made."""
+    cpu_s: float
+
+
+class Search(NamedTuple):
+    """A cell, and what is known of it."""
+
+    cell: Cell
+    splits: Sequence[int]
+    """To be tried, the likeliest first."""
+    start_rps: float
+
+
+def search(wanted: Search, shared: Path) -> Found:
+    """The goodput of a cell, in requests per second, with the best of these splits."""
+    cell, splits, best_rps = wanted
+    began_s = time.process_time()
     profile, slower, _ = MODELS[cell.model]
     workload = WORKLOADS[cell.workload]
     if cell.requests:
         workload = replace(workload, most_requests=cell.requests)
     slo = Slo(workload.slo.ttft_s * slower, workload.slo.tpot_s * slower)
-    layout = Layout(PROFILES[profile], cell.prefill, ENGINES - cell.prefill, BLOCK_TOKENS)
     made: list[dict[str, Any]] = []
+
+    def served(prefill: int, rate_rps: float) -> bool:
+        layout = Layout(PROFILES[profile], prefill, ENGINES - prefill, BLOCK_TOKENS)
+        requests = list(workload.requests(shared, rate_rps, cell.seed))
+        allowed = math.floor(len(requests) * (1 - cell.share) + 1e-9)
+        outcome = run(layout, cell.policy, slo, requests, cell.seed, misses_allowed=allowed)
+        missed = outcome.measured.requests - outcome.measured.good
+        told = _told(rate_rps, len(requests), missed, outcome, missed <= allowed)
+        made.append({"prefill": prefill, **told})
+        return missed <= allowed
+
+    best = None
+    for prefill in splits:
+        serves = _remembering(partial(served, prefill))
+        if best is None:
+            best, best_rps = prefill, highest_rate(serves, best_rps, LEAST_RPS, PRECISION)
+        elif serves(more_rps := max(best_rps, LEAST_RPS) * (1 + PRECISION)):
+            best, best_rps = prefill, highest_rate(serves, more_rps, LEAST_RPS, PRECISION)
+    assert best is not None, "no split to try"
+    return Found(best, best_rps, made, time.process_time() - began_s)
+
+
+def _remembering(served: Callable[[float], bool]) -> Callable[[float], bool]:
     known: dict[float, bool] = {}
 
     def serves(rate_rps: float) -> bool:
         rate_rps = float(f"{rate_rps:.4g}")
         if rate_rps not in known:
-            requests = list(workload.requests(shared, rate_rps, cell.seed))
-            allowed = math.floor(len(requests) * (1 - cell.share) + 1e-9)
-            outcome = run(layout, cell.policy, slo, requests, cell.seed, misses_allowed=allowed)
-            missed = outcome.measured.requests - outcome.measured.good
-            known[rate_rps] = missed <= allowed
-            made.append(_told(rate_rps, len(requests), missed, outcome, known[rate_rps]))
+            known[rate_rps] = served(rate_rps)
         return known[rate_rps]
 
-    return highest_rate(serves, start_rps, LEAST_RPS, cell.precision), made
+    return serves
 
 
 def _told(
@@ -91,78 +135,55 @@ def _told(
 class Wanted(NamedTuple):
     """What is searched, of every policy and workload."""
 
-    seeds: int
-    splits: Sequence[int] = PREFILL
+    seeds: int = MOST_SEEDS
+    """At most; `OTHERS_SEEDS` are enough for all but the strongest."""
     requests: int = 0
     """Of a cut; 0: as many as the workload says."""
 
 
-def coarse_cells(
-    model: str, workload: str, policies: Iterable[str], share: float, wanted: Wanted
-) -> Iterator[Cell]:
-    """Which split is a policy's best?"""
-    for policy in policies:
-        for prefill in wanted.splits:
-            cut = (COARSE, wanted.requests, code_digest())
-            yield Cell(model, workload, policy, prefill, 0, share, *cut)
+def searches(
+    store: Store, model: str, workload: str, policy: str, wanted: Wanted
+) -> Iterator[Search]:
+    """All that what is in the store allows: seeds follow the first of their share, and shares the
+    one before."""
+    splits: Sequence[int] = PREFILL
+    start_rps = WORKLOADS[workload].start_rps * MODELS[model][2]
+    seeds = wanted.seeds if policy in STRONGEST else min(wanted.seeds, OTHERS_SEEDS)
+    for share in SHARES:
+        first = Cell(model, workload, policy, 0, share, wanted.requests, code_digest())
+        yield Search(first, splits, start_rps)
+        if (found := store.found(first)) is None:
+            return
+        best = found["prefill"]
+        start_rps = found["goodput_rps"] or start_rps
+        for seed in range(1, seeds):
+            yield Search(replace(first, seed=seed), (best,), start_rps)
+        splits = sorted(PREFILL, key=lambda prefill: prefill != best)
 
 
-def best_split(
-    store: Store, model: str, workload: str, policy: str, share: float, wanted: Wanted
-) -> tuple[int, float] | None:
-    """Prefill engines of the split that serves a policy best, and what it serves coarsely; None
-    while not all are known, and if none serves anything."""
-    found = {
-        cell.prefill: goodput
-        for cell in coarse_cells(model, workload, [policy], share, wanted)
-        if (goodput := store.goodput(cell)) is not None
-    }
-    if len(found) < len(wanted.splits) or not any(found.values()):
-        return None
-    best = max(found, key=found.__getitem__)
-    return best, found[best]
-
-
-def fine_cells(
-    store: Store, model: str, workload: str, policies: Iterable[str], wanted: Wanted
-) -> Iterator[tuple[Cell, float]]:
-    """Searches with the best split, and where each begins; of the first seed alone while that is
-    not known."""
-    for policy in policies:
-        for share in SHARES:
-            best = best_split(store, model, workload, policy, share, wanted)
-            if best is None:
-                continue
-            prefill, coarse_rps = best
-            cut = (share, FINE, wanted.requests, code_digest())
-            first = Cell(model, workload, policy, prefill, 0, *cut)
-            yield first, coarse_rps
-            if (first_rps := store.goodput(first)) is not None:
-                for seed in range(1, wanted.seeds):
-                    yield replace(first, seed=seed), first_rps or coarse_rps
-
-
-def work(store: Store, cells: list[tuple[Cell, float]], shared: Path, jobs: int) -> None:
-    """Make the searches that are not made, and keep each as it ends."""
-    todo = [(cell, start) for cell, start in cells if store.goodput(cell) is None]
+def work(store: Store, wanted: Iterable[Search], shared: Path, jobs: int) -> bool:
+    """Make the searches that are not made, and keep each as it ends; were there any?"""
+    todo = [each for each in wanted if store.found(each.cell) is None]
     with ProcessPoolExecutor(jobs) as pool:
-        futures = {pool.submit(search, cell, shared, start_rps): cell for cell, start_rps in todo}
+        futures = {pool.submit(search, each, shared): each.cell for each in todo}
         failed = None
         for future in as_completed(futures):
             cell = futures[future]
             if (error := future.exception()) is not None:
                 failed = error  # Raised once what the others found is kept.
                 continue
-            goodput_rps, made = future.result()
-            store.add(cell, goodput_rps, made)
-            print(f"{cell}: {goodput_rps:.2f}/s in {len(made)} runs", file=sys.stderr, flush=True)
+            found = future.result()
+            store.add(cell, found._asdict())
+            print(f"{cell}: {found.goodput_rps:.2f}/s with {found.prefill}", file=sys.stderr)
         if failed is not None:
             raise failed
+    return bool(todo)
 
 
 def report(store: Store, wanted: Wanted) -> str:
-    """Tables, one for each model and share: rows are workloads, and how Baton compares."""
-    parts = []
+    """Tables, one for each model and share: columns are workloads; the last row tells how Baton
+    compares."""
+    parts = [f"Searched for {store.cpu_s() / 3600:.1f} core-hours.\n\n"]
     for model, (profile, *_) in MODELS.items():
         gpus = ENGINES * PROFILES[profile].gpus
         for share in SHARES:
@@ -188,10 +209,10 @@ def _rows(
         by_seed: dict[str, dict[int, float]] = {}
         for policy in POLICIES:
             found: dict[int, float] = {}
-            for cell, _ in fine_cells(store, model, workload, [policy], wanted):
-                if cell.share == share and (goodput := store.goodput(cell)) is not None:
-                    found[cell.seed] = goodput / gpus
-                    prefill = cell.prefill
+            for cell, *_ in searches(store, model, workload, policy, wanted):
+                if cell.share == share and (made := store.found(cell)) is not None:
+                    found[cell.seed] = made["goodput_rps"] / gpus
+                    prefill = made["prefill"]
             if found:
                 by_seed[policy] = found
                 texts[policy] = f"{_interval(list(found.values()))} ({prefill})"
@@ -223,22 +244,20 @@ def _interval(values: list[float]) -> str:
 
 
 def work_all(store: Store, given: argparse.Namespace, wanted: Wanted) -> None:
-    """All that was asked for and is not there yet: each round tells what the next refines."""
+    """All that was asked for and is not there yet: each round allows the next."""
     for model in given.models:
-        coarse = [
-            (cell, WORKLOADS[workload].start_rps * MODELS[model][2])
-            for workload in given.workloads
-            for share in SHARES
-            for cell in coarse_cells(model, workload, given.policies, share, wanted)
-        ]
-        work(store, coarse, given.shared, given.jobs)
-        for _ in ("the first seed", "the others"):
-            fine = [
+        while work(
+            store,
+            [
                 each
                 for workload in given.workloads
-                for each in fine_cells(store, model, workload, given.policies, wanted)
-            ]
-            work(store, fine, given.shared, given.jobs)
+                for policy in given.policies
+                for each in searches(store, model, workload, policy, wanted)
+            ],
+            given.shared,
+            given.jobs,
+        ):
+            pass
 
 
 def _some_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -258,14 +277,13 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("benchmarks/results/goodput.jsonl"))
     for what, known in (("models", MODELS), ("workloads", WORKLOADS), ("policies", POLICIES)):
         parser.add_argument(f"--{what}", type=_some_of(known), default=",".join(known))
-    parser.add_argument("--prefill", type=int, nargs="+", default=PREFILL, choices=PREFILL)
-    parser.add_argument("--seeds", type=int, default=2, choices=range(1, 6))
+    parser.add_argument("--seeds", type=int, default=MOST_SEEDS, choices=range(1, 6))
     parser.add_argument("--requests", type=int, default=0, help="of each cut, else its own number")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only print what is there")
     given = parser.parse_args()
     store = Store(given.store)
-    wanted = Wanted(given.seeds, given.prefill, given.requests)
+    wanted = Wanted(given.seeds, given.requests)
     if not given.report:
         with shared_files.needed():
             work_all(store, given, wanted)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +21,8 @@ class Cell:
     model: str
     workload: str
     policy: str
-    prefill: int
     seed: int
     share: float
-    precision: float
     requests: int
     """Of a cut; 0: as many as the workload says."""
     code: str
@@ -46,7 +46,7 @@ class Store:
     def __init__(self, path: Path, cell_type: Any = Cell) -> None:
         self._path = path
         self._cell_type = cell_type
-        self._found: dict[Any, float] = {}
+        self._found: dict[Any, dict[str, Any]] = {}
         kept = ""
         for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
             if line.endswith("\n"):
@@ -55,17 +55,23 @@ class Store:
         if path.exists():
             path.write_text(kept)
 
-    def goodput(self, cell: Any) -> float | None:
-        """Requests per second, if the search is over."""
+    def found(self, cell: Any) -> dict[str, Any] | None:
+        """What the search found, if it is over."""
         return self._found.get(cell)
 
-    def add(self, cell: Any, goodput_rps: float, made: list[dict[str, Any]]) -> None:
+    def cpu_s(self) -> float:
+        """That the searches by this code took, where they told."""
+        mine = (found for cell, found in self._found.items() if cell.code == code_digest())
+        return math.fsum(found.get("cpu_s", 0.0) for found in mine)
+
+    def add(self, cell: Any, found: Mapping[str, Any]) -> None:
         """A search is over."""
-        line = {**asdict(cell), "goodput_rps": round(goodput_rps, 4), "runs": made}
+        line = {**asdict(cell), **found}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
-        cell = self._cell_type(**{name: line[name] for name in self._cell_type.__slots__})
-        self._found[cell] = line["goodput_rps"]
+        names = self._cell_type.__slots__
+        cell = self._cell_type(**{name: line[name] for name in names})
+        self._found[cell] = {name: line[name] for name in line if name not in names}

@@ -124,12 +124,12 @@ def rows(store: Store, given: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     for case in CASES:
         known: dict[tuple[int, str], list[float]] = {}
         for cell in cells(case, given):
-            if (goodput_rps := store.goodput(cell)) is not None:
-                known.setdefault((cell.routers, cell.arm), []).append(goodput_rps)
+            if (found := store.found(cell)) is not None:
+                known.setdefault((cell.routers, cell.arm), []).append(found["goodput_rps"])
         means = {
-            group: statistics.mean(found)
-            for group, found in known.items()
-            if len(found) == given.seeds
+            group: statistics.mean(goodputs)
+            for group, goodputs in known.items()
+            if len(goodputs) == given.seeds
         }
         one = means.get((1, "told"))
         if one is None:
@@ -164,12 +164,12 @@ def main() -> None:
         for case in CASES
         if case.workload in given.workloads
         for cell in cells(case, given)
-        if store.goodput(cell) is None
+        if store.found(cell) is None
     ]
     for cell, start_rps in [] if given.report else todo:
         with shared_files.needed():
             goodput_rps = search(cell, given.shared, start_rps)
-        store.add(cell, goodput_rps, [])
+        store.add(cell, {"goodput_rps": goodput_rps})
         print(f"{cell}: {goodput_rps:.2f}/s", file=sys.stderr, flush=True)
     heads = ("workload, prefill + decode", "routers", *map(str, ROUTERS))
     print(table(heads, rows(store, given)))

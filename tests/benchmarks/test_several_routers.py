@@ -18,7 +18,8 @@ GIVEN = Namespace(engines=8, seeds=2, requests=200)
 def test_the_table_tells_the_loss_beside_one_router(tmp_path: Path) -> None:
     store = Store(tmp_path / "several.jsonl", Cell)
     for cell in cells(CASES[0], GIVEN):
-        store.add(cell, 10.0 - (cell.routers == 4) * (1 if cell.arm == "told" else 5), [])
+        lost_rps = (cell.routers == 4) * (1 if cell.arm == "told" else 5)
+        store.add(cell, {"goodput_rps": 10.0 - lost_rps})
     told, alone = rows(Store(tmp_path / "several.jsonl", Cell), GIVEN)
     assert told[1:] == ("told", "10", "10 (+0.0%)", "9 (-10.0%)", "10 (+0.0%)")
     assert alone[4] == "5 (-50.0%)"
