@@ -57,6 +57,7 @@ class Backlog:
         """Weighted tokens by tenant; the latest served are kept."""
         self._last_left: str | None = None
         self._numbers = 0
+        self._put_behind: list[RequestKey] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -97,13 +98,18 @@ class Backlog:
         if len(self._served) > TENANTS_KEPT:
             self._served.popitem(last=False)
 
-    def next(self, now_s: float) -> RequestKey | None:
-        """Who goes next; it still waits."""
+    def next(self, now_s: float, held_s: float = 0.0) -> RequestKey | None:
+        """Who goes next; it still waits. On its worker it will wait for `held_s` more."""
         if not self._tenants:
             return None
         served = self._served
         name = min(self._tenants, key=lambda each: served.get(each, 0.0))
-        return self._first(now_s, self._tenants[name])
+        return self._first(now_s + held_s, self._tenants[name])
+
+    def take_put_behind(self) -> list[RequestKey]:
+        """Those that were found to be late since this was last asked; some may wait no more."""
+        taken, self._put_behind = self._put_behind, []
+        return taken
 
     def before(self, name: str, due_s: float) -> Before:
         """What goes before a request that comes now: of its tenant what is due earlier, and of
@@ -119,14 +125,15 @@ class Backlog:
                 requests += turns
         return Before(work_s, requests)
 
-    def _first(self, now_s: float, queue: DueQueue) -> RequestKey:
+    def _first(self, begins_s: float, queue: DueQueue) -> RequestKey:
         while True:
             place = queue.first()
             waiting = self._waiting[place.key][0]
-            if place.due_s != waiting.due_s or now_s + waiting.prefill_s <= waiting.late_s:
+            if place.due_s != waiting.due_s or begins_s + waiting.prefill_s <= waiting.late_s:
                 return place.key
             queue.remove(place)
             self._enqueue(queue, place.key, waiting, waiting.due_s + BEHIND_S)
+            self._put_behind.append(place.key)
 
     def _enqueue(self, queue: DueQueue, key: RequestKey, waiting: Waiting, due_s: float) -> None:
         self._numbers += 1

@@ -144,27 +144,33 @@ class Gate:
         waiting = Waiting(terms.tenant, due_s, now_s + promised_s, prefill_s)
         return waiting, None if let_in is None else let_in.expected
 
+    def learn_first_token(self, expected: Expected, terms: Terms, measured_s: float) -> None:
+        """A request that was let in gets its first token: at once, since by its end many more will
+        have been let in."""
+        promised_s = self._promises.of_request(terms).ttft_s
+        load = _Load(expected.ttft_s, expected.alone_ttft_s, promised_s)
+        _learn(load, measured_s, self.ttft_factor, self.ttft_caution)
+
+    def learn_late(self, expected: Expected, terms: Terms) -> Expected:
+        """A request that was let in waits, and can't be in time any more: it goes behind those that
+        can. Returns what is left to be held against its times, since when its first token comes
+        will tell nothing of the load."""
+        promised_s = self._promises.of_request(terms).ttft_s
+        if _Load(expected.ttft_s, expected.alone_ttft_s, promised_s).is_for_the_margin:
+            self.ttft_caution.observe(late=True)
+        return expected._replace(ttft_s=expected.alone_ttft_s)
+
     def learn(self, expected: Expected, terms: Terms, ended: Ended) -> None:
-        """A request that was let in is over: hold its times against what was expected."""
+        """A request that was let in is over: hold its tokens' distance against what was expected,
+        and its first token's time if it gave up waiting for that."""
         if ended.end is End.FAILED and ended.fault is not Fault.DEADLINE:
             return  # What broke says nothing of the load.
-        # Of who left early it is mostly the wait for the second token, while state moves.
-        tpot_s = ended.time_per_output_token_s if ended.end is End.COMPLETE else None
         promised = self._promises.of_request(terms)
+        # Of who left early it is mostly the wait for the second token, while state moves.
+        if ended.time_per_output_token_s is not None and ended.end is End.COMPLETE:
+            tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
+            _learn(tpot, ended.time_per_output_token_s, self.tpot_factor, self.tpot_caution)
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
-        tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
-        for load, measured_s, factor, caution in (
-            (ttft, ended.time_to_first_token_s, self.ttft_factor, self.ttft_caution),
-            (tpot, tpot_s, self.tpot_factor, self.tpot_caution),
-        ):
-            if measured_s is None or load.promised_s is None:
-                continue
-            if load.is_for_the_margin:
-                caution.observe(late=measured_s > load.promised_s)
-            if load.is_near:
-                # A load that did not come at all has no logarithm and is passed over, so that the
-                # margin is a little too wide.
-                factor.observe(measured_s - load.alone_s, load.s)
         if ended.time_to_first_token_s is None and ttft.is_for_the_margin:
             # Its client gave up, and nobody knows what it would have got; but whoever waited for
             # longer than promised was late.
@@ -243,6 +249,17 @@ class _Load(NamedTuple):
         if self.promised_s is None or self.is_idle:
             return False
         return at_most_s > self.promised_s
+
+
+def _learn(load: _Load, measured_s: float, factor: Factor, caution: Caution) -> None:
+    if load.promised_s is None:
+        return
+    if load.is_for_the_margin:
+        caution.observe(late=measured_s > load.promised_s)
+    if load.is_near:
+        # A load that did not come at all has no logarithm and is passed over, so that the margin is
+        # a little too wide.
+        factor.observe(measured_s - load.alone_s, load.s)
 
 
 def _refuse(what: str, load: _Load, at_most_s: float, times: float) -> TicketRefused:

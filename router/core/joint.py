@@ -171,6 +171,11 @@ class JointPlacement:
         alone_s = self._pricing.step_s(1.0, ask.context_tokens)
         return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens)
 
+    def held_s(self) -> float:
+        """As much as workers are given at once."""
+        routers = 1.0 if self._columns is None else float(self._columns.routers.max())
+        return routers * self._weights.hold * self._slo.ttft_s
+
     def _best(self, ask: Asked, view: View, shape: Shape, there: Found, kept: Shortlist) -> _Best:
         """One worker for all of it, or two."""
         columns, pricing = there.columns, self._pricing

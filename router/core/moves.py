@@ -93,9 +93,14 @@ class Moves:
             return
         for request in list(self.stranded.values()):
             self.place(now_s, request)
-        while (key := self.backlog.next(now_s)) is not None:
+        held_s = self._placement.held_s()
+        while (key := self.backlog.next(now_s, held_s)) is not None:
             if not self.place(now_s, self.requests[key]):
                 break
+        for key in self.backlog.take_put_behind():
+            late = self.requests.get(key)
+            if late is not None and late.expected is not None:
+                late.expected = self.gate.learn_late(late.expected, late.story.terms)
         self._looks_due = False
 
     def look_again(self) -> None:
@@ -229,6 +234,13 @@ class Moves:
             request.advance(now_s, Trigger.PARKED, why)
         self._unassign(now_s, request)
         self.place(now_s, request)
+
+    def spoke(self, now_s: float, request: Request) -> None:
+        """Its client gets its first token."""
+        request.record.first_token_s = now_s
+        ttft_s = request.record.ttft_s
+        if request.expected is not None and ttft_s is not None:
+            self.gate.learn_first_token(request.expected, request.story.terms, ttft_s)
 
     def first_token(self, now_s: float, request: Request) -> None:
         """Its prompt is computed."""

@@ -150,6 +150,11 @@ class Placement(Protocol):
         policy that can't tell, or while nobody can run it."""
         ...
 
+    def held_s(self) -> float:
+        """How long a prompt still waits on its worker once its turn has come, where prompts wait
+        for their turn."""
+        ...
+
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """The prompt that was placed is computed; comes again when its second worker goes on."""
         ...
@@ -175,6 +180,10 @@ class Uncounted:
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
         """Nobody is refused by them."""
         return None
+
+    def held_s(self) -> float:
+        """They put nothing off."""
+        return 0.0
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Nothing to count."""

@@ -69,6 +69,7 @@ class Bench:
         return self.gate.ask(self.now_s, asked)
 
     def learn(self, expected: Expected, ttft_s: float, tpot_s: float) -> None:
+        self.gate.learn_first_token(expected, NO_TERMS, ttft_s)
         ended = Ended(
             key(), End.COMPLETE, "", 100, time_to_first_token_s=ttft_s,
             time_per_output_token_s=tpot_s,
@@ -262,14 +263,33 @@ def test_who_gave_up_later_than_promised_was_late(
     assert bench.gate.ttft_factor.observations == 0, "nobody knows when it would have come"
 
 
-def test_who_left_teaches_first_tokens_alone() -> None:
+def test_who_was_put_behind_was_late_once() -> None:
+    bench = Bench()
+    before = bench.gate.ttft_caution.spreads
+    left = bench.gate.learn_late(Expected(1.5, 0.04, 0.1, 0.01, 100.0), NO_TERMS)
+    after = bench.gate.ttft_caution.spreads
+    assert after > before
+    bench.learn(left, ttft_s=30.0, tpot_s=0.04)
+    bench.gate.learn(left, NO_TERMS, Ended(key(), End.CANCELLED, "", 0, duration_s=30.0))
+    assert bench.gate.ttft_caution.spreads == after
+    assert bench.gate.ttft_factor.observations == 0, "its wait tells nothing of the load"
+    assert bench.gate.tpot_factor.observations == 1
+
+
+def test_nobody_learns_from_who_was_put_behind_and_late_all_alone() -> None:
+    bench = Bench()
+    before = bench.gate.ttft_caution.spreads
+    bench.gate.learn_late(Expected(2.5, 0.04, 2.5, 0.01, 100.0), NO_TERMS)
+    assert bench.gate.ttft_caution.spreads == before
+
+
+def test_who_left_teaches_nothing_of_later_tokens() -> None:
     bench = Bench()
     before = bench.gate.tpot_caution.spreads
     ended = Ended(
         key(), End.CANCELLED, "", 2, time_to_first_token_s=2.1, time_per_output_token_s=0.5
     )
     bench.gate.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), NO_TERMS, ended)
-    assert bench.gate.ttft_factor.observations == 1
     assert bench.gate.tpot_factor.observations == 0
     assert bench.gate.tpot_caution.spreads == before
 

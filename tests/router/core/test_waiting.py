@@ -41,6 +41,7 @@ class OneAtATime(Uncounted):
         self.computing: RequestKey | None = None
         self.expected = Expected(0.1, 0.01, 0.1, 0.01, 10.0)
         self.stopped_after: list[int] = []
+        self.waits_there_s = 0.0
 
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
         workers = [worker.id for worker in view.pool if worker.usable]
@@ -51,6 +52,9 @@ class OneAtATime(Uncounted):
 
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected:
         return self.expected
+
+    def held_s(self) -> float:
+        return self.waits_there_s
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         self.computing = None
@@ -127,22 +131,48 @@ def test_an_end_or_an_abort_lets_the_next_go() -> None:
     assert not bench.core.moves.backlog
 
 
-@pytest.mark.parametrize("edge_first", [True, False])
-def test_a_stop_string_teaches_as_an_end_does(edge_first: bool) -> None:
+def test_one_that_would_be_late_on_its_worker_lets_others_go_and_the_gate_knows_at_once() -> None:
     bench = Bench()
     bench.up("d")
     bench.policy.expected = Expected(1.5, 0.04, 0.1, 0.01, 100.0)
+    bench.policy.waits_there_s = 0.3
+    bench.come("first")
+    for name in ("late", "soon"):
+        assert bench.come(name) == []
+        bench.now_s += 0.5
+    bench.now_s += 0.7
+    # 1.7 s have passed of its 2: what its worker has before it takes too long.
+    caution = bench.core.moves.gate.ttft_caution
+    before = caution.spreads
+    assert submitted(bench.step("d", output(1, 0, [1], request_id="first"))) == ["soon"]
+    after = caution.spreads
+    assert after > before
+    bench.policy.waits_there_s = 0.0
+    bench.now_s += 30.0
+    assert submitted(bench.step("d", output(1, 0, [1], request_id="soon"))) == ["late"]
+    known = caution.spreads
+    bench.step("d", output(1, 0, [1], request_id="late"))
+    assert caution.spreads == known, "it is not late twice"
+
+
+@pytest.mark.parametrize("edge_first", [True, False])
+def test_a_stop_string_teaches_as_an_end_does(edge_first: bool) -> None:
+    bench = Bench(Promises(2.0, 0.05))
+    bench.up("d")
+    bench.policy.expected = Expected(1.5, 0.04, 0.1, 0.01, 100.0)
     bench.come("a")
+    gate = bench.core.moves.gate
+    before = gate.ttft_caution.spreads, gate.tpot_caution.spreads
     bench.now_s += 2.5
     bench.step("d", output(1, 0, [1, 2, 3]))
+    assert gate.ttft_caution.spreads > before[0], "it was late, as is known at once"
     orderly = EdgeEnded(TicketId("a"), "200", "--")
-    before = bench.core.moves.gate.ttft_caution.spreads
     for event in [orderly, RequestAborted(key())][:: 1 if edge_first else -1]:
         assert bench.policy.stopped_after == []
         bench.feed(event)
     assert bench.policy.stopped_after == [3]
-    assert bench.core.moves.gate.ttft_factor.observations == 1
-    assert bench.core.moves.gate.ttft_caution.spreads > before, "it was late"
+    assert gate.ttft_factor.observations == 1
+    assert gate.tpot_caution.spreads != before[1], "its distances are known by now"
 
 
 def test_one_that_waits_can_be_aborted() -> None:
