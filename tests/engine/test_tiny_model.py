@@ -80,7 +80,10 @@ def _with_block(kv: KvPairs, row: int, at: slice, source: KvPairs, start: int) -
             mine[row, :, at] = other[row, :, taken]
 
 
-@pytest.mark.parametrize("length_tokens", [128, 160, 400, 777, 1184, 1500])
+LONG = [pytest.param(tokens, marks=pytest.mark.slow) for tokens in (777, 1184, 1500)]
+
+
+@pytest.mark.parametrize("length_tokens", [128, 160, 400, *LONG])
 def test_a_wrong_kv_block_changes_the_text(tiny: Tiny, length_tokens: int) -> None:
     rng = random.Random(length_tokens)
     blocks = _blocks(length_tokens)
