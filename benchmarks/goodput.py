@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -182,8 +183,8 @@ def work(store: Store, wanted: Iterable[Search], shared: Path, jobs: int) -> boo
 
 def report(store: Store, wanted: Wanted) -> str:
     """Tables, one for each model and share: columns are workloads; the last row tells how Baton
-    compares."""
-    parts = [f"Searched for {store.cpu_s() / 3600:.1f} core-hours.\n\n"]
+    compares with each peer's, over the seeds that both were searched with."""
+    parts = [f"Searched for {_cpu_s(store, wanted) / 3600:.1f} core-hours.\n\n"]
     for model, (profile, *_) in MODELS.items():
         gpus = ENGINES * PROFILES[profile].gpus
         for share in SHARES:
@@ -199,6 +200,16 @@ def report(store: Store, wanted: Wanted) -> str:
                 parts.append(f"{title}: requests/s per GPU (prefill engines of {ENGINES})\n\n")
                 parts.append(table(head, body) + "\n")
     return "".join(parts)
+
+
+def _cpu_s(store: Store, wanted: Wanted) -> float:
+    """That the searches of a report took."""
+    return math.fsum(
+        found.get("cpu_s", 0.0)
+        for each in product(MODELS, WORKLOADS, POLICIES)
+        for cell, *_ in searches(store, *each, wanted)
+        if (found := store.found(cell)) is not None
+    )
 
 
 def _rows(

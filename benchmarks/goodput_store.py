@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -58,11 +57,6 @@ class Store:
     def found(self, cell: Any) -> dict[str, Any] | None:
         """What the search found, if it is over."""
         return self._found.get(cell)
-
-    def cpu_s(self) -> float:
-        """That the searches by this code took, where they told."""
-        mine = (found for cell, found in self._found.items() if cell.code == code_digest())
-        return math.fsum(found.get("cpu_s", 0.0) for found in mine)
 
     def add(self, cell: Any, found: Mapping[str, Any]) -> None:
         """A search is over."""

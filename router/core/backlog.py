@@ -3,8 +3,8 @@
 Tenants share service by tokens, as VTC does (Sheng et al., Fairness in Serving Large Language
 Models, OSDI 2024, Algorithm 2): whoever of those that wait got least goes next, where an output
 token weighs twice a prompt's, and who comes back after a pause starts no lower than the others are.
-Of one tenant's requests the one that is due first goes first. One that can't be in time any more
-goes behind those that can, as if it were due `BEHIND_S` later: later, but not never.
+Of one tenant's requests the one that is due first goes first. One that would not be in time any
+more goes behind those that would, as if it were due `BEHIND_S` later: later, but not never.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Waiting:
     due_s: float
     """Who is due first goes first."""
     late_s: float = math.inf
-    """By when its first token was promised."""
+    """By when its prompt must be computed if its turn comes and its worker is idle; who comes to a
+    worker that is not has to come sooner."""
     prefill_s: float = 0.0
     """How long its prompt is thought to take once its turn has come."""
 
@@ -98,13 +99,13 @@ class Backlog:
         if len(self._served) > TENANTS_KEPT:
             self._served.popitem(last=False)
 
-    def next(self, now_s: float, held_s: float = 0.0) -> RequestKey | None:
-        """Who goes next; it still waits. On its worker it will wait for `held_s` more."""
+    def next(self, now_s: float) -> RequestKey | None:
+        """Who goes next; it still waits."""
         if not self._tenants:
             return None
         served = self._served
         name = min(self._tenants, key=lambda each: served.get(each, 0.0))
-        return self._first(now_s + held_s, self._tenants[name])
+        return self._first(now_s, self._tenants[name])
 
     def take_put_behind(self) -> list[RequestKey]:
         """Those that were found to be late since this was last asked; some may wait no more."""
@@ -125,11 +126,11 @@ class Backlog:
                 requests += turns
         return Before(work_s, requests)
 
-    def _first(self, begins_s: float, queue: DueQueue) -> RequestKey:
+    def _first(self, now_s: float, queue: DueQueue) -> RequestKey:
         while True:
             place = queue.first()
             waiting = self._waiting[place.key][0]
-            if place.due_s != waiting.due_s or begins_s + waiting.prefill_s <= waiting.late_s:
+            if place.due_s != waiting.due_s or now_s + waiting.prefill_s <= waiting.late_s:
                 return place.key
             queue.remove(place)
             self._enqueue(queue, place.key, waiting, waiting.due_s + BEHIND_S)

@@ -33,6 +33,6 @@ class Caution:
     """By how many of its spreads a prediction must stay below what was promised."""
 
     def observe(self, late: bool) -> None:
-        """One that was let in is complete."""
+        """What became of one that was let in is known."""
         spreads = self.spreads + STEP * (late - LATE_SHARE)
         self.spreads = min(MOST, max(LEAST, spreads))

@@ -141,7 +141,9 @@ class Gate:
         else:
             prefill_s = self._prefill_s(now_s, prompt_tokens) if self._backlog else 0.0
         due_s = self._due_s(now_s, terms)
-        waiting = Waiting(terms.tenant, due_s, now_s + promised_s, prefill_s)
+        # Its worker will have as much to do before it as the policy gives workers at once.
+        late_s = now_s + promised_s * (1 - self._placement.held_share)
+        waiting = Waiting(terms.tenant, due_s, late_s, prefill_s)
         return waiting, None if let_in is None else let_in.expected
 
     def learn_first_token(self, expected: Expected, terms: Terms, measured_s: float) -> None:
@@ -152,9 +154,9 @@ class Gate:
         _learn(load, measured_s, self.ttft_factor, self.ttft_caution)
 
     def learn_late(self, expected: Expected, terms: Terms) -> Expected:
-        """A request that was let in waits, and can't be in time any more: it goes behind those that
-        can. Returns what is left to be held against its times, since when its first token comes
-        will tell nothing of the load."""
+        """A request that was let in waits, and would not be in time any more: it goes behind those
+        that are. Returns what is left to be held against its times, since when its first token
+        comes will tell nothing of the load."""
         promised_s = self._promises.of_request(terms).ttft_s
         if _Load(expected.ttft_s, expected.alone_ttft_s, promised_s).is_for_the_margin:
             self.ttft_caution.observe(late=True)
@@ -238,7 +240,7 @@ class _Load(NamedTuple):
     @property
     def is_idle(self) -> bool:
         """Others do nothing to it that counts."""
-        return self.s < IDLE * self.alone_s
+        return self.s <= IDLE * self.alone_s
 
     def at_most_s(self, factor: Factor, sure: float) -> float:
         margin = min(LARGEST_MARGIN, factor.value * math.exp(sure * factor.spread))

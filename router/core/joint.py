@@ -107,6 +107,7 @@ class JointPlacement:
         self._pricing = Pricing(times, max_step_tokens, weights, self.learned)
         self._slo = slo
         self._weights = weights
+        self.held_share = weights.hold
         self._lengths = OutputLengths()
         self._arrivals = Arrivals(weights.share_window_s)
         self.forecasts: dict[WorkerId, Forecast] = {}
@@ -170,11 +171,6 @@ class JointPlacement:
         tpot_s = self._pricing.tpot_after(ask, there.columns, at, tpot_s, ttft_s, joined)
         alone_s = self._pricing.step_s(1.0, ask.context_tokens)
         return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens)
-
-    def held_s(self) -> float:
-        """As much as workers are given at once."""
-        routers = 1.0 if self._columns is None else float(self._columns.routers.max())
-        return routers * self._weights.hold * self._slo.ttft_s
 
     def _best(self, ask: Asked, view: View, shape: Shape, there: Found, kept: Shortlist) -> _Best:
         """One worker for all of it, or two."""

@@ -113,7 +113,7 @@ class Request:
     waits: Waiting
     """As what it waits while it is new."""
     expected: Expected | None = None
-    """What it was let in with."""
+    """What it was let in with, as far as its times are still to be held against that."""
     delivered: int = 0
     position: int = 0
     unknown_tokens: int = 0

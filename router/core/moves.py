@@ -89,12 +89,12 @@ class Moves:
 
     def place_waiting(self, now_s: float) -> None:
         """Those whose turn it is, while there is room for them; only if something changed."""
-        if not self._looks_due:
+        # Who is late while nobody can run it tells nothing of the load.
+        if not self._looks_due or not self.pool.any_usable:
             return
         for request in list(self.stranded.values()):
             self.place(now_s, request)
-        held_s = self._placement.held_s()
-        while (key := self.backlog.next(now_s, held_s)) is not None:
+        while (key := self.backlog.next(now_s)) is not None:
             if not self.place(now_s, self.requests[key]):
                 break
         for key in self.backlog.take_put_behind():
@@ -235,7 +235,7 @@ class Moves:
         self._unassign(now_s, request)
         self.place(now_s, request)
 
-    def spoke(self, now_s: float, request: Request) -> None:
+    def begin_output(self, now_s: float, request: Request) -> None:
         """Its client gets its first token."""
         request.record.first_token_s = now_s
         ttft_s = request.record.ttft_s

@@ -76,7 +76,7 @@ class OutputIntake:
         if output.prompt_use is not None:
             record.attempts[-1].prompt_use = output.prompt_use
         if record.first_token_s is None and output.token_ids:
-            self._moves.spoke(now_s, request)
+            self._moves.begin_output(now_s, request)
         self._moves.first_token(now_s, request)
         if request.state is State.HANDING_OFF:
             record.resumed_s = now_s

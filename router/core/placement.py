@@ -139,6 +139,10 @@ class Placement(Protocol):
     It may be told of keys that it never placed: a former router did.
     """
 
+    held_share: float
+    """Of the TTFT that is promised: as long a prompt still waits on its worker once its turn has
+    come, where prompts wait for their turns."""
+
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
         """Who runs it; None if nobody can, or not yet: it will be asked again. A request that has
         tokens (`shape.output_tokens`) goes on, on the worker that is chosen, as a whole, and is
@@ -148,11 +152,6 @@ class Placement(Protocol):
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
         """What a new request would get behind what waits before it; nothing is counted. None of a
         policy that can't tell, or while nobody can run it."""
-        ...
-
-    def held_s(self) -> float:
-        """How long a prompt still waits on its worker once its turn has come, where prompts wait
-        for their turn."""
         ...
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
@@ -175,15 +174,14 @@ class Placement(Protocol):
 
 
 class Uncounted:
-    """For policies that count nothing of their own, and can't tell what a request would get."""
+    """For policies that count nothing of their own, put nothing off, and can't tell what a request
+    would get."""
+
+    held_share: float = 0.0
 
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
         """Nobody is refused by them."""
         return None
-
-    def held_s(self) -> float:
-        """They put nothing off."""
-        return 0.0
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Nothing to count."""

@@ -48,14 +48,6 @@ def test_who_left_is_not_asked_again() -> None:
     assert drain(backlog) == ["b", "a"]
 
 
-def test_what_is_waited_for_on_a_worker_makes_late_as_well() -> None:
-    backlog = Backlog()
-    backlog.add(key("late"), Waiting("", 1.0, late_s=1.0, prefill_s=0.5))
-    backlog.add(key("soon"), Waiting("", 5.0, late_s=5.0, prefill_s=0.5))
-    assert backlog.next(0.3, held_s=0.15) == key("late")
-    assert backlog.next(0.4, held_s=0.15) == key("soon")
-
-
 def test_who_is_too_late_lets_others_be_in_time_but_not_forever() -> None:
     backlog = Backlog()
     backlog.add(key("late"), Waiting("", 1.0, late_s=1.0, prefill_s=0.5))

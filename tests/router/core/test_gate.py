@@ -276,6 +276,14 @@ def test_who_was_put_behind_was_late_once() -> None:
     assert bench.gate.tpot_factor.observations == 1
 
 
+def test_who_was_put_behind_was_late_once_even_if_all_of_it_was_cached() -> None:
+    bench = Bench()
+    left = bench.gate.learn_late(Expected(1.5, 0.04, 0.0, 0.01, 100.0), NO_TERMS)
+    after = bench.gate.ttft_caution.spreads
+    bench.learn(left, ttft_s=30.0, tpot_s=0.04)
+    assert bench.gate.ttft_caution.spreads == after
+
+
 def test_nobody_learns_from_who_was_put_behind_and_late_all_alone() -> None:
     bench = Bench()
     before = bench.gate.ttft_caution.spreads

@@ -9,7 +9,7 @@ from protos.ids import RequestKey, WorkerId
 from router.core.costs import Slo
 from router.core.events import Shape
 from router.core.placement import Reason
-from tests.router.core.joint_bench import Bench, addresses, predicted
+from tests.router.core.joint_bench import SLO, Bench, addresses, predicted
 
 
 def test_load_spreads() -> None:
@@ -201,6 +201,19 @@ def test_prompts_wait_at_the_router_while_every_worker_has_enough() -> None:
     assert [each is not None for each in placed] == [True, True, False, False]
     resumed = Shape(12_800, None, output_tokens=3)
     assert bench.policy.place(bench.now_s, bench.view, bench.key(200), resumed) is not None
+
+
+def test_who_is_placed_waits_on_its_worker_for_no_longer_than_is_said() -> None:
+    bench = Bench("d1", "d2", hold=0.15)
+    waits_s = []
+    for number in range(100):
+        there = [bench.policy.forecasts.get(WorkerId(name)) for name in ("d1", "d2")]
+        least_s = min(0.0 if each is None else each.queue_s(bench.now_s) for each in there)
+        shape = Shape(1280, None)
+        if not bench.policy.place(bench.now_s, bench.view, bench.key(number), shape):
+            break
+        waits_s.append(least_s)
+    assert waits_s[-1] <= bench.policy.held_share * SLO.ttft_s < least_s
 
 
 def test_what_can_not_be_split_does_not_stand_before_others() -> None:

@@ -41,7 +41,6 @@ class OneAtATime(Uncounted):
         self.computing: RequestKey | None = None
         self.expected = Expected(0.1, 0.01, 0.1, 0.01, 10.0)
         self.stopped_after: list[int] = []
-        self.waits_there_s = 0.0
 
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
         workers = [worker.id for worker in view.pool if worker.usable]
@@ -52,9 +51,6 @@ class OneAtATime(Uncounted):
 
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected:
         return self.expected
-
-    def held_s(self) -> float:
-        return self.waits_there_s
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         self.computing = None
@@ -135,7 +131,7 @@ def test_one_that_would_be_late_on_its_worker_lets_others_go_and_the_gate_knows_
     bench = Bench()
     bench.up("d")
     bench.policy.expected = Expected(1.5, 0.04, 0.1, 0.01, 100.0)
-    bench.policy.waits_there_s = 0.3
+    bench.policy.held_share = 0.15
     bench.come("first")
     for name in ("late", "soon"):
         assert bench.come(name) == []
@@ -147,12 +143,39 @@ def test_one_that_would_be_late_on_its_worker_lets_others_go_and_the_gate_knows_
     assert submitted(bench.step("d", output(1, 0, [1], request_id="first"))) == ["soon"]
     after = caution.spreads
     assert after > before
-    bench.policy.waits_there_s = 0.0
     bench.now_s += 30.0
     assert submitted(bench.step("d", output(1, 0, [1], request_id="soon"))) == ["late"]
     known = caution.spreads
     bench.step("d", output(1, 0, [1], request_id="late"))
     assert caution.spreads == known, "it is not late twice"
+
+
+def test_who_was_promised_less_waits_for_less() -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.policy.held_share = 0.15
+    bench.policy.expected = Expected(0.02, 0.04, 0.01, 0.01, 100.0)
+    bench.come("first")
+    bench.come("other")
+    bench.come("soon", Terms(ttft_slo_s=0.1))
+    bench.now_s += 0.05
+    # It has 0.05 s left, of which its worker takes 0.015: not the 0.3 s that others wait there.
+    assert submitted(bench.step("d", output(1, 0, [1], request_id="first"))) == ["soon"]
+
+
+def test_who_is_late_while_no_worker_is_there_tells_nothing_of_the_load() -> None:
+    bench = Bench()
+    bench.up("d")
+    bench.policy.expected = Expected(1.5, 0.04, 0.1, 0.01, 100.0)
+    for name in ("first", "a", "b", "c"):
+        bench.come(name)
+    caution = bench.core.moves.gate.ttft_caution
+    before = caution.spreads
+    bench.dead("d")
+    for _ in range(20):
+        bench.pass_time(3)
+    assert not bench.core.moves.requests, "they have failed"
+    assert caution.spreads == before
 
 
 @pytest.mark.parametrize("edge_first", [True, False])
