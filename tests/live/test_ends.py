@@ -294,6 +294,7 @@ async def test_streams_of_a_dead_decode_worker_end_with_an_error(
     assert record["attempts"][-1]["worker"] == newest["id"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 async def test_streams_of_the_other_decode_workers_go_on(slow_pair: BatonServe) -> None:
     dice = random.Random(f"pair {time.time()}")

@@ -61,6 +61,7 @@ def make_prompts(dice: random.Random, prefixes: list[list[int]]) -> list[list[in
     return [*(prefix + words(count) for count in (3, 128, 300) for prefix in prefixes), *alone]
 
 
+@pytest.mark.slow
 def test_the_text_is_plain_vllms_and_the_reasons_are_joints(
     joint: BatonServe, plain_url: str
 ) -> None:

@@ -22,6 +22,9 @@ STOPPED_S = 12.0
 SLOW_STEP_S = 0.02
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 async def unit(tmp_path: Path) -> AsyncIterator[Unit]:
     unit = Unit(tmp_path)

@@ -213,6 +213,7 @@ def test_a_router_that_hangs_is_ended_and_its_streams_go_on(unit: Unit) -> None:
     assert 5 <= time.monotonic() - stopped_s < 10
 
 
+@pytest.mark.slow
 def test_a_stopped_front_is_ended(unit: Unit) -> None:
     """Also with little to take: it answers nobody."""
     stream = unit.stream(PROMPT, 400)
@@ -220,6 +221,7 @@ def test_a_stopped_front_is_ended(unit: Unit) -> None:
     assert_ended_once_stopped(unit, "fast")
 
 
+@pytest.mark.slow
 def test_a_stopped_edge_is_ended(unit: Unit) -> None:
     assert_ended_once_stopped(unit, "edge")
 
@@ -299,6 +301,7 @@ def test_routers_that_die_at_once_do_not_keep_clients_waiting(model: Path) -> No
         unit.end()
 
 
+@pytest.mark.slow
 def test_a_stream_outlives_routers_that_die_again_and_again(model: Path) -> None:
     """For longer than a router may stay away: each of them worked for a moment."""
     unit = Unit(model.parent / "restless", model, pace_s=0.035)
