@@ -32,6 +32,7 @@ from router.core.events import End, Ended
 from router.core.joint import JointPlacement
 from router.core.placement import LeastPredictedWork, Placement, Reason
 from simulator.cluster import Cluster, Layout
+from simulator.experiment import engines_of
 from simulator.traces import TracedRequest
 
 _ALONE: Final = 20
@@ -85,10 +86,8 @@ class Scenario:
         tie_break = Random(seed).randrange
         if self.always_split:
             return LeastPredictedWork(tie_break)
-        profile = self.layout.profile
-        times = StepTimes(profile.timing(self.layout.block_tokens))
         slo = Slo(UNPROMISED_TTFT_MS / 1000, UNPROMISED_TPOT_MS / 1000)
-        return JointPlacement(tie_break, times, profile.max_step_tokens, slo)
+        return JointPlacement(tie_break, engines_of(self.layout), slo)
 
 
 class Hops(NamedTuple):

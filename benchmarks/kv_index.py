@@ -26,8 +26,8 @@ from typing import Final, NamedTuple
 import psutil
 
 from benchmarks.report import machine, table
-from engine.latency_model import StepTimes
 from engine.profiles import PROFILES
+from engine.spec import EngineTimes, PoolTimes
 from kvstore.content import block_addresses, root_address
 from kvstore.index import CLEARED_AT_ONCE, KvIndex
 from protos.enginecore import ENGINE_TAG
@@ -60,7 +60,9 @@ class Sizes(NamedTuple):
 FULL: Final = Sizes(workers=256, blocks=1_000_000, holders=2, questions=1000, rounds=5)
 QUICK: Final = Sizes(workers=256, blocks=20_000, holders=2, questions=20, rounds=2)
 UNDER_WAY: Final = 1024
-TIMING: Final = PROFILES["llama-3.1-8b-h100"].timing(BLOCK_TOKENS)
+ENGINE: Final = EngineTimes(
+    PROFILES["llama-3.1-8b-h100"].timing(BLOCK_TOKENS), max_step_tokens=8192
+)
 
 
 class Costs(NamedTuple):
@@ -187,7 +189,7 @@ def time_decisions(sizes: Sizes, index: KvIndex, prompts: int) -> dict[int, list
     gc.set_threshold(50_000, 20, 100)  # As the router process does.
     view = View(pool, index, BLOCK_TOKENS, True, 0)
     chance = random.Random(1)
-    policy = JointPlacement(chance.randrange, StepTimes(TIMING), 8192, Slo(2.0, 0.05))
+    policy = JointPlacement(chance.randrange, PoolTimes(ENGINE, ENGINE), Slo(2.0, 0.05))
     under_way: deque[RequestKey] = deque()
     decision_ms: dict[int, list[list[float]]] = {tokens: [] for tokens in PROMPT_TOKENS}
     made, now_s = 0, 0.0

@@ -85,6 +85,9 @@ QUICK: Final = replace(MEDIUM, duration_s=15)
 SIMULATED_BOUNDS: Final = Bounds(share=0.10, points=3)
 TINY_LOW: Final = Load(2, 40, shared_tokens=512, own_tokens=300, output_tokens=40)
 TINY_MEDIUM: Final = replace(TINY_LOW, rate_rps=6)
+TINY_SPARSE: Final = replace(TINY_LOW, rate_rps=1, duration_s=60, output_tokens=10)
+"""So little that a prompt is seldom computed while the other engine decodes: the simulator knows
+nothing of cores that engines share."""
 TINY_QUICK: Final = replace(TINY_MEDIUM, duration_s=15)
 TINY_BOUNDS: Final = Bounds(share=0.20, points=3)
 
@@ -152,7 +155,8 @@ def real_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
         file.write_text(yaml.safe_dump(asdict(found.profile.timing(engine.block_tokens))))
         for scenario in tiny_scenarios(found.profile, engine.block_tokens, file):
             yield f"## {scenario.name}"
-            for load in (TINY_QUICK,) if quick else (TINY_LOW, TINY_MEDIUM):
+            loads = [TINY_SPARSE] if scenario.always_split else []
+            for load in [TINY_QUICK] if quick else [*loads, TINY_LOW, TINY_MEDIUM]:
                 yield compared(scenario, load, hops, TINY_BOUNDS, runs, prioritised=False)
 
 

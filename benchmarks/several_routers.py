@@ -98,8 +98,7 @@ def search(cell: Cell, shared: Path, start_rps: float) -> float:
         allowed = math.floor(len(requests) * (1 - SHARE) + 1e-9)
         setups = [setup_of(layout, cell.seed, router) for router in range(cell.routers)]
         placements = [
-            ARMS[cell.arm](each.rng.randrange, each.times, each.max_step_tokens, workload.slo)
-            for each in setups
+            ARMS[cell.arm](each.rng.randrange, each.engines, workload.slo) for each in setups
         ]
         measured = serve(layout, placements, workload.slo, requests, allowed).measured
         return measured.requests - measured.good <= allowed

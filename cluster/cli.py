@@ -126,6 +126,9 @@ def simulate(
     prefill: Annotated[
         int | None, typer.Option(help="Engines that only compute prompts; default: none.")
     ] = None,
+    prefill_model: Annotated[
+        str | None, typer.Option(help="Of those, if they run on more or fewer GPUs.")
+    ] = None,
     policy: Annotated[str, typer.Option(help="Baton's placement, or a peer's.")] = "baton",
     slo: Annotated[str, typer.Option(help="Time to first token, per output token.")] = "2s,50ms",
     rate: Annotated[
@@ -156,7 +159,7 @@ def simulate(
         from simulator.question import Question
 
         question = Question(
-            workload, model, gpus, prefill, policy, slo, rate, minutes, seed,
+            workload, model, prefill_model, gpus, prefill, policy, slo, rate, minutes, seed,
             tuple(reports or ()), plan, attainment, routers,
         )  # fmt: skip
         run(question, Console(highlight=False), Console(stderr=True))

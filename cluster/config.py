@@ -91,6 +91,12 @@ class _Pool(_Section):
     environment: dict[str, str] = Field(
         default={}, description="Environment variables of this pool's engine processes."
     )
+    engine_profile: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Step times of this pool's engines, where the pools' are not alike; it goes "
+        "before `router.engine_profile`.",
+    )
 
 
 class PrefillSection(_Pool):

@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import yaml
 
@@ -22,7 +22,7 @@ from cluster.engine_defaults import is_cpu_install
 from engine.devices import CPU, GPUS, H100, Device
 from engine.profiles import PROFILES
 from engine.roofline import ModelSize, roofline
-from engine.spec import Role, SimulatedTiming
+from engine.spec import EngineTimes, PoolTimes, Role, SimulatedTiming
 from protos.errors import ConfigError, nearest
 
 _STEP_TOKENS: Final = 8192
@@ -36,21 +36,42 @@ _LIKE_ANY: Final = "llama-3.1-8b-h100"
 logger = logging.getLogger(__name__)
 
 
-def configured(config: Config) -> SimulatedTiming | None:
-    """What the configuration says of it. Raises ConfigError for a profile that is none."""
-    name = config.router.engine_profile
+def check(config: Config) -> None:
+    """Raises ConfigError for a profile that is none."""
+    for role in get_args(Role):
+        _configured(config, role)
+
+
+def times(config: Config, model: Path, accelerators: Collection[str]) -> PoolTimes:
+    """As configured, or else by the constants of the model, whose directory this is, and of what
+    Ray's machines say that they have. Raises ConfigError for a profile that is none."""
+    device: Device | None = None
+
+    def engine(role: Role) -> EngineTimes:
+        nonlocal device
+        arguments = config.engine_args_of(role)
+        step_tokens = int(arguments.get("max_num_batched_tokens") or _STEP_TOKENS)
+        timing = _configured(config, role)
+        if timing is None:
+            device = device or (CPU if is_cpu_install() else _gpu(accelerators))
+            timing = _estimated(config, role, model, device)
+        return EngineTimes(timing, step_tokens)
+
+    return PoolTimes(engine("prefill"), engine("decode"))
+
+
+def _configured(config: Config, role: Role) -> SimulatedTiming | None:
+    own = config.pool(role).engine_profile
+    name = own or config.router.engine_profile
     if name is not None:
+        key = f"{role}.engine_profile" if own else "router.engine_profile"
         profile = PROFILES.get(name)
-        return _read(name) if profile is None else profile.timing(_block_tokens(config))
+        return _read(key, name) if profile is None else profile.timing(_block_tokens(config))
     return config.simulated.timing() if config.engine == "simulated" else None
 
 
-def timing(config: Config, model: Path, accelerators: Collection[str]) -> SimulatedTiming:
-    """As configured, or else by the constants of the model, whose directory this is, and of what
-    Ray's machines say that they have."""
-    if (known := configured(config)) is not None:
-        return known
-    arguments = config.engine_args_of("decode")
+def _estimated(config: Config, role: Role, model: Path, device: Device) -> SimulatedTiming:
+    arguments = config.engine_args_of(role)
     # What engines quantise as they load it; a checkpoint's own goes before.
     loaded = {"quantization_config": {"quant_method": arguments.get("quantization")}}
     content = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -58,14 +79,7 @@ def timing(config: Config, model: Path, accelerators: Collection[str]) -> Simula
     if size is None:
         return PROFILES[_LIKE_ANY].timing(_block_tokens(config))
     devices = int(arguments.get("tensor_parallel_size") or 1)
-    device = CPU if is_cpu_install() else _gpu(accelerators)
     return roofline(size, device, devices, _block_tokens(config))
-
-
-def max_step_tokens(config: Config) -> int:
-    """What an engine computes in one step at most, where prompts are computed."""
-    role: Role = "prefill" if config.prefill.replicas else "decode"
-    return int(config.engine_args_of(role).get("max_num_batched_tokens") or _STEP_TOKENS)
 
 
 def _gpu(accelerators: Collection[str]) -> Device:
@@ -87,32 +101,30 @@ def _block_tokens(config: Config) -> int:
     return int(config.engine_args_of("decode").get("block_size") or default)
 
 
-def _read(name: str) -> SimulatedTiming:
+def _read(setting: str, name: str) -> SimulatedTiming:
     path = Path(name).expanduser()
     if path.suffix not in _FILES and "/" not in name and not path.exists():
         raise ConfigError(
-            f"router.engine_profile: there is no profile {name!r}; did you mean "
+            f"{setting}: there is no profile {name!r}; did you mean "
             f"{nearest(name, PROFILES)!r}? There are {', '.join(PROFILES)}; or name a YAML file."
         )
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"router.engine_profile: {path} can't be read: {reason}") from None
+        raise ConfigError(f"{setting}: {path} can't be read: {reason}") from None
     keys = [each.name for each in fields(SimulatedTiming)]
     if not isinstance(values, dict) or sorted(values) != sorted(keys):
-        raise ConfigError(f"router.engine_profile: {path} must hold {', '.join(keys)}.")
-    return SimulatedTiming(**{key: _seconds(path, key, values[key]) for key in keys})
+        raise ConfigError(f"{setting}: {path} must hold {', '.join(keys)}.")
+    return SimulatedTiming(**{key: _seconds(setting, path, key, values[key]) for key in keys})
 
 
-def _seconds(path: Path, key: str, value: object) -> float:
+def _seconds(setting: str, path: Path, key: str, value: object) -> float:
     # YAML takes 2e-05 for a text, as it has no point.
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ConfigError(
-            f"router.engine_profile: {key} in {path} must be seconds, 0 or more, not {value!r}."
-        )
+        raise ConfigError(f"{setting}: {key} in {path} must be seconds, 0 or more, not {value!r}.")
     return seconds

@@ -174,8 +174,7 @@ def _joint(config: Config, directory: Path) -> JointSettings | None:
     return JointSettings(
         ttft_slo_s=(config.router.ttft_slo_ms or UNPROMISED_TTFT_MS) / 1000,
         tpot_slo_s=(config.router.tpot_slo_ms or UNPROMISED_TPOT_MS) / 1000,
-        timing=engine_profile.timing(config, directory, _accelerators()),
-        max_step_tokens=engine_profile.max_step_tokens(config),
+        engines=engine_profile.times(config, directory, _accelerators()),
     )
 
 

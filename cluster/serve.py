@@ -42,7 +42,7 @@ def serve(config: Config) -> int:
     launch.check_binaries()
     launch.check_recordings(config)
     if config.router.policy == "joint":
-        engine_profile.configured(config)  # What is wrong with it is said before anything starts.
+        engine_profile.check(config)  # What is wrong with it is said before anything starts.
     check_port(config.http.host, config.http.port)
     if config.grpc.port is not None:
         check_port(config.grpc.host, config.grpc.port, "grpc", "--grpc-port")

@@ -25,6 +25,23 @@ class SimulatedTiming:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineTimes:
+    """What predictions of an engine start from."""
+
+    timing: SimulatedTiming
+    max_step_tokens: int
+    """What one of its steps computes at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolTimes:
+    """Of each pool's engines, which may run on more or fewer GPUs than the other's."""
+
+    prefill: EngineTimes
+    decode: EngineTimes
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """One worker: its place in the cluster and its engine."""
 

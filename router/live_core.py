@@ -6,7 +6,6 @@ from random import Random
 
 from msgspec import Struct
 
-from engine.latency_model import StepTimes
 from router.core.costs import Slo
 from router.core.joint import JointPlacement
 from router.core.moves import CoreSettings
@@ -34,4 +33,4 @@ def _placement(joint: JointSettings | None, tie_break: TieBreak) -> Placement:
     if joint is None:
         return LeastPredictedWork(tie_break)
     slo = Slo(joint.ttft_slo_s, joint.tpot_slo_s)
-    return JointPlacement(tie_break, StepTimes(joint.timing), joint.max_step_tokens, slo)
+    return JointPlacement(tie_break, joint.engines, slo)

@@ -14,7 +14,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
-from engine.spec import SimulatedTiming
+from engine.spec import PoolTimes
 
 KEPT_RECORDS: Final = 10_000
 SharePrefixes = Literal["cluster", "tenant"]
@@ -86,9 +86,7 @@ class JointSettings(Struct, frozen=True, kw_only=True):
 
     ttft_slo_s: float
     tpot_slo_s: float
-    timing: SimulatedTiming
-    """How long the engines' steps should take."""
-    max_step_tokens: int
+    engines: PoolTimes
 
 
 class RouterSettings(Struct, frozen=True, kw_only=True):

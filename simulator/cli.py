@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from router.core.events import Role
 from simulator import plan_command, report
 from simulator.cluster import Layout
 from simulator.experiment import Outcome, policy_named
@@ -20,7 +21,7 @@ from simulator.question import (
     read_slo,
     read_workload,
 )
-from simulator.study import Study
+from simulator.study import Study, in_words
 
 
 def simulate(question: Question, console: Console, progress: Console) -> None:
@@ -29,12 +30,13 @@ def simulate(question: Question, console: Console, progress: Console) -> None:
     report.check_paths(question.reports)
     slo = read_slo(question.slo)
     if question.plan:
-        profiles = read_profiles(question)
+        prefill = decode = read_profiles(question)
     else:
         layout = read_layout(question)
-        profiles = [layout.profile]
+        computing = Role.PREFILL if layout.prefill else Role.DECODE
+        prefill, decode = [layout.profile_of(computing)], [layout.profile]
     workload = read_workload(question)
-    reaching = check_reachable(profiles, slo, begin_of(question, workload))
+    reaching = check_reachable(prefill, decode, slo, begin_of(question, workload))
     count, last_s = workload.extent()
     bar = Bar(progress)
     study = Study(
@@ -44,8 +46,7 @@ def simulate(question: Question, console: Console, progress: Console) -> None:
         with bar:
             plan = plan_command.search(question, reaching, study)
         layout, outcome = plan.chosen.layout, plan.chosen.outcome
-        hopeless = [each for each in profiles if each not in reaching]
-        plan_command.show(question, hopeless, plan, console)
+        plan_command.show(question, decode, reaching, plan, console)
     else:
         with bar:
             outcome = study.run(layout)
@@ -74,8 +75,7 @@ def _table(question: Question, layout: Layout, outcome: Outcome) -> Table:
     ]  # fmt: skip
     before = f", {question.routers} routers before them" if question.routers > 1 else ""
     table = Table(
-        title=f"{question.policy} on {layout.prefill} prefill and {layout.decode} decode engines "
-        f"of {question.model}{before}",
+        title=f"{question.policy} on {in_words(layout)}: {question.model}{before}",
         show_header=False,
     )
     for row in rows:

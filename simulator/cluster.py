@@ -69,6 +69,18 @@ class Layout:
     """From a client to its router: edge, tokenising front, anchor."""
     front_out_s: float = 0.0
     """Back to the client."""
+    prefill_profile: EngineProfile | None = None
+    """Of the prefill pool, if its engines are others."""
+
+    def profile_of(self, role: Role) -> EngineProfile:
+        """Of a pool's engines."""
+        return (self.prefill_profile or self.profile) if role is Role.PREFILL else self.profile
+
+    @property
+    def gpus(self) -> int:
+        """Of all engines."""
+        prefill_gpus = self.prefill * self.profile_of(Role.PREFILL).gpus
+        return prefill_gpus + self.decode * self.profile.gpus
 
 
 class Cluster:
@@ -114,7 +126,11 @@ class Cluster:
             worker.id: worker
             for worker in (
                 SimulatedWorker(
-                    WorkerId(f"{role}-{n}"), role, layout.profile, layout.block_tokens, manifests
+                    WorkerId(f"{role}-{n}"),
+                    role,
+                    layout.profile_of(role),
+                    layout.block_tokens,
+                    manifests,
                 )
                 for role, n in names
             )

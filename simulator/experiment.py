@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from engine.latency_model import StepTimes
+from engine.spec import EngineTimes, PoolTimes
 from protos.errors import ConfigError, nearest
 from protos.ids import WorkerId
 from router.core.costs import Slo, Weights
+from router.core.events import Role
 from router.core.gate import Promises
 from router.core.joint import JointPlacement
 from router.core.placement import Placement
@@ -23,9 +24,7 @@ OURS: Final = "baton"
 
 
 def _joint(setup: Setup, slo: Slo) -> Placement:
-    return JointPlacement(
-        setup.rng.randrange, setup.times, setup.max_step_tokens, slo, Weights(**setup.knobs)
-    )
+    return JointPlacement(setup.rng.randrange, setup.engines, slo, Weights(**setup.knobs))
 
 
 def _peer(make: Callable[[Setup], Placement]) -> Callable[[Setup, Slo], Placement]:
@@ -91,13 +90,21 @@ def setup_of(
     layout: Layout, seed: int = 0, router: int = 0, knobs: Mapping[str, float] | None = None
 ) -> Setup:
     """What one router's policy is made from: each has chances of its own."""
-    profile = layout.profile
     return Setup(
         rng=Random(f"{seed} {router}" if router else seed),
-        times=StepTimes(profile.timing(layout.block_tokens)),
-        max_step_tokens=profile.max_step_tokens,
-        max_running_requests=profile.max_running_requests,
+        engines=engines_of(layout),
+        max_running_requests=layout.profile.max_running_requests,
         knobs=knobs or {},
+    )
+
+
+def engines_of(layout: Layout) -> PoolTimes:
+    """What predictions start from: the engine model's own costs."""
+    # Without a prefill pool engines that decode compute the prompts.
+    pools = (Role.PREFILL if layout.prefill else Role.DECODE, Role.DECODE)
+    profiles = [layout.profile_of(role) for role in pools]
+    return PoolTimes(
+        *(EngineTimes(each.timing(layout.block_tokens), each.max_step_tokens) for each in profiles)
     )
 
 

@@ -6,8 +6,8 @@ simulated, since placement and prefix caches do not add up that way.
 
 Three things are assumed, so that few runs decide: what some engines serve, more engines serve too;
 a pool that is short of engines makes its own latency miss its SLO first; and splits of a number of
-engines need no more than that to be compared. Boundary: which layouts are tried, in which order,
-and which is best; `serve` runs them.
+GPUs need no more than that to be compared. Boundary: which layouts are tried, in which order, and
+which is best; `serve` runs them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from operator import attrgetter
+from typing import Final
 
 from engine.profiles import EngineProfile
 from simulator.cluster import Layout
@@ -45,7 +48,7 @@ class Trial:
 
     @property
     def gpus(self) -> int:
-        return (self.layout.prefill + self.layout.decode) * self.layout.profile.gpus
+        return self.layout.gpus
 
     @property
     def whole(self) -> bool:
@@ -94,45 +97,85 @@ Serve = Callable[[Layout, bool, int], Trial]
 """Simulate a layout; to its end even if it misses too many; at most so many runs will follow."""
 
 
-def plan(profiles: Sequence[EngineProfile], gpus: int, serve: Serve) -> Plan:
-    """Of colocated and split layouts of at most `gpus` GPUs; `profiles` are one model's degrees of
-    tensor parallelism, of which at least one fits."""
-    return _Search(sorted(profiles, key=lambda each: each.gpus), gpus, serve).run()
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Layouts whose pools' engines have these degrees of tensor parallelism; colocated ones too, if
+    it is the same."""
+
+    prefill: EngineProfile
+    decode: EngineProfile
+
+    @property
+    def unit_gpus(self) -> int:
+        """Layouts of one size differ from those of the next by so many GPUs."""
+        return min(self.prefill.gpus, self.decode.gpus)
+
+    @property
+    def is_alike(self) -> bool:
+        """Both pools' engines are the same."""
+        return self.prefill == self.decode
+
+    def splits(self, units: int) -> list[Layout]:
+        """Of just so many GPUs, those with the fewest prefill engines first."""
+        gpus, own = units * self.unit_gpus, None if self.is_alike else self.prefill
+        found = []
+        for prefill in range(1, gpus // self.prefill.gpus + 1):
+            decode, rest = divmod(gpus - prefill * self.prefill.gpus, self.decode.gpus)
+            if decode and not rest:
+                found.append(Layout(self.decode, prefill, decode, prefill_profile=own))
+        return found
+
+    def most_trials(self, units: int) -> int:
+        """Of layouts of a size: a bisection of the splits, and the colocated one."""
+        return self.is_alike + len(self.splits(units)).bit_length()
+
+    def most_runs(self, units: int) -> int:
+        """That the search for the fewest GPUs takes, of at most so many."""
+        return (1 + (units - 1).bit_length()) * self.most_trials(units) if units else 0
 
 
-def most_runs(engines: int) -> int:
-    """That the search for the fewest engines of a profile takes, of at most so many."""
-    return (1 + (engines - 1).bit_length()) * _most_splits(engines) if engines else 0
+def kinds(prefill: Sequence[EngineProfile], decode: Sequence[EngineProfile]) -> list[Kind]:
+    """Of a model's degrees of tensor parallelism, those that either pool's engines may have: what
+    they make, alike pools first, and fewer GPUs an engine. A hand-off needs one degree to be a
+    multiple of the other, and so does `Kind.unit_gpus`."""
+    pairs = sorted(
+        product(prefill, decode),
+        key=lambda pair: (pair[0] != pair[1], pair[0].gpus, pair[1].gpus),
+    )
+    return [Kind(*pair) for pair in pairs if not max(map(_gpus, pair)) % min(map(_gpus, pair))]
 
 
-def _most_splits(engines: int) -> int:
-    """That are tried of a number of engines: none for prefill, and a bisection of the others."""
-    return 1 + (engines - 1).bit_length()
+_gpus: Final = attrgetter("gpus")
+
+
+def plan(tried: Sequence[Kind], gpus: int, serve: Serve) -> Plan:
+    """Of layouts of at most `gpus` GPUs, of these kinds; at least one of them fits."""
+    return _Search(tried, gpus, serve).run()
 
 
 class _Search:
-    def __init__(self, profiles: Sequence[EngineProfile], gpus: int, serve: Serve) -> None:
-        self._profiles = profiles
+    def __init__(self, tried: Sequence[Kind], gpus: int, serve: Serve) -> None:
+        self._kinds = tried
         self._gpus = gpus
         """Worth trying: no more than the cheapest so far."""
         self._serve = serve
         self._tried: dict[Layout, Trial] = {}
         self._left = 0
-        """Runs that follow those of the number of engines that is being tried, at most."""
+        """Runs that follow those of the size that is being tried, at most."""
 
     def run(self) -> Plan:
-        fewest: dict[EngineProfile, int] = {}
-        for number, profile in enumerate(self._profiles):
-            later = self._profiles[number + 1 :]
-            after = sum(most_runs(self._gpus // each.gpus) for each in later)
-            after += sum(map(_most_splits, fewest.values()))
-            engines = self._fewest(profile, after)
-            if engines is not None:
-                fewest[profile] = engines
-        cheapest = [each for each, count in fewest.items() if count * each.gpus == self._gpus]
-        for number, profile in enumerate(cheapest, 1):
-            self._left = _most_splits(fewest[profile]) * (len(cheapest) - number)
-            for _ in self._splits(profile, fewest[profile]):
+        fewest: dict[Kind, int] = {}
+        for number, kind in enumerate(self._kinds):
+            later = self._kinds[number + 1 :]
+            after = sum(each.most_runs(self._gpus // each.unit_gpus) for each in later)
+            after += sum(each.most_trials(units) for each, units in fewest.items())
+            units = self._fewest(kind, after)
+            if units is not None:
+                fewest[kind] = units
+        cheapest = [each for each, units in fewest.items() if units * each.unit_gpus == self._gpus]
+        for number, kind in enumerate(cheapest, 1):
+            self._left = sum(each.most_trials(fewest[each]) for each in cheapest[number:])
+            for _ in self._layouts(kind, fewest[kind]):
                 pass
         tried = tuple(self._tried.values())
         meeting = [trial for trial in tried if trial.meets]
@@ -143,42 +186,46 @@ class _Search:
         whole = self._tried[best.layout] = self._serve(best.layout, True, 0)
         return Plan(tuple(self._tried.values()), whole)
 
-    def _fewest(self, profile: EngineProfile, after: int) -> int | None:
-        """Engines that serve as promised, by bisection; the most first: if they don't, none do."""
-        low, high = 0, self._gpus // profile.gpus
+    def _fewest(self, kind: Kind, after: int) -> int | None:
+        """Units of GPUs that serve as promised, by bisection; the most first: if they don't, none
+        do."""
+        low, high = 0, self._gpus // kind.unit_gpus
         if not high:
             return None
-        self._left = most_runs(high) - _most_splits(high) + after
-        if not self._does(profile, high):
+        self._left = kind.most_runs(high) - kind.most_trials(high) + after
+        if not self._does(kind, high):
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            numbers = (high - low - 1).bit_length()
-            self._left = numbers * _most_splits(high) + after
-            if self._does(profile, middle):
+            sizes = (high - low - 1).bit_length()
+            self._left = sizes * kind.most_trials(high) + after
+            if self._does(kind, middle):
                 high = middle
             else:
                 low = middle
-        self._gpus = high * profile.gpus
+        self._gpus = high * kind.unit_gpus
         return high
 
-    def _does(self, profile: EngineProfile, engines: int) -> bool:
-        return any(trial.meets for trial in self._splits(profile, engines))
+    def _does(self, kind: Kind, units: int) -> bool:
+        return any(trial.meets for trial in self._layouts(kind, units))
 
-    def _splits(self, profile: EngineProfile, engines: int) -> Iterator[Trial]:
+    def _layouts(self, kind: Kind, units: int) -> Iterator[Trial]:
         """Colocated; then split, with more engines for the pool whose latency is the worse."""
-        left = _most_splits(engines) - 1
-        yield self._try(Layout(profile, 0, engines), left)
-        low, high = 1, engines - 1
-        while low <= high:
-            prefill = (low + high) // 2
+        left = kind.most_trials(units)
+        if kind.is_alike:
             left -= 1
-            trial = self._try(Layout(profile, prefill, engines - prefill), left)
+            yield self._try(Layout(kind.decode, 0, units), left)
+        splits = kind.splits(units)
+        low, high = 0, len(splits) - 1
+        while low <= high:
+            middle = (low + high) // 2
+            left -= 1
+            trial = self._try(splits[middle], left)
             yield trial
             if trial.ttft_share > trial.tpot_share:
-                low = prefill + 1
+                low = middle + 1
             else:
-                high = prefill - 1
+                high = middle - 1
 
     def _try(self, layout: Layout, left: int) -> Trial:
         trial = self._tried.get(layout)

@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.profiles import PROFILES, EngineProfile
+from router.core.events import Role
 from simulator.cluster import Layout
 from simulator.measure import Latencies
-from simulator.plan import Goal, Plan, Trial, plan
-from simulator.question import ATTAINMENT, Question, gpus_of, in_units
+from simulator.plan import Goal, Plan, Trial, kinds, plan
+from simulator.question import ATTAINMENT, Question, Reaching, gpus_of, in_units
 from simulator.study import Study, in_words
 
 
-def search(question: Question, profiles: Sequence[EngineProfile], study: Study) -> Plan:
+def search(question: Question, reaching: Reaching, study: Study) -> Plan:
     """Of layouts of these engines, with as many GPUs as were asked for at most."""
     goal = Goal(question.attainment or ATTAINMENT, study.requests)
 
@@ -25,18 +26,18 @@ def search(question: Question, profiles: Sequence[EngineProfile], study: Study) 
         outcome = study.run(layout, misses_allowed=allowed, runs_after=runs_after)
         return Trial(layout, goal, outcome)
 
-    return plan(profiles, question.gpus, serve)
+    return plan(kinds(*reaching), question.gpus, serve)
 
 
 def show(
-    question: Question, hopeless: Sequence[EngineProfile], found: Plan, console: Console
-) -> None:
-    """What was tried, what is best and why, and the commands for just that. `hopeless` are engines
-    on which no request could meet the SLOs."""
+    question: Question, known: Sequence[EngineProfile], reaching: Reaching, found: Plan,
+    console: Console,
+) -> None:  # fmt: skip
+    """What was tried, what is best and why, and the commands for just that."""
     console.print(_table(question, found))
     for line in (
         _verdict(found),
-        _parallelism(found.chosen.layout.profile.model, hopeless),
+        _parallelism(known, reaching),
         f"Again: {_simulate_command(question, found.chosen)}",
         f"Live: {_serve_command(found.chosen.layout)}",
     ):
@@ -49,7 +50,7 @@ def _table(question: Question, found: Plan) -> Table:
         title=f"{question.policy} on {found.chosen.layout.profile.model}: "
         f"{_percent(goal)} of {goal.requests:,} requests within {question.slo}"
     )
-    headings = ("GPUs", "of an\nengine", "prefill\nengines", "decode\nengines", "within\nSLOs",
+    headings = ("GPUs", "prefill\nengines\nx GPUs", "decode\nengines\nx GPUs", "within\nSLOs",
                 "TTFT\np50, p99", "TPOT\np50, p99")  # fmt: skip
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -58,17 +59,18 @@ def _table(question: Question, found: Plan) -> Table:
     return table
 
 
-def _order(trial: Trial) -> tuple[int, int, int]:
-    return trial.gpus, trial.layout.profile.gpus, trial.layout.prefill
+def _order(trial: Trial) -> tuple[int, ...]:
+    layout = trial.layout
+    prefill_gpus = layout.profile_of(Role.PREFILL).gpus
+    return trial.gpus, layout.profile.gpus, prefill_gpus, layout.prefill
 
 
 def _row(trial: Trial, chosen: bool) -> tuple[str, ...]:
     layout, measured = trial.layout, trial.outcome.measured
     cells = (
         f"{'→ ' if chosen else ''}{trial.gpus}",
-        f"{layout.profile.gpus}",
-        f"{layout.prefill}",
-        f"{layout.decode}",
+        f"{layout.prefill} x {layout.profile_of(Role.PREFILL).gpus}" if layout.prefill else "-",
+        f"{layout.decode} x {layout.profile.gpus}",
     )
     if not trial.whole:
         return (*cells, f"<{_percent(trial.goal)}", "", "")
@@ -89,7 +91,9 @@ def _quantiles(latencies: Latencies) -> str:
 def _verdict(found: Plan) -> str:
     chosen = found.chosen
     layout = chosen.layout
-    what = f"{gpus_of(chosen.gpus)}, {in_words(layout)} of {gpus_of(layout.profile.gpus)} each"
+    what = f"{gpus_of(chosen.gpus)}, {in_words(layout)}"
+    if layout.prefill_profile is None:
+        what += f" of {gpus_of(layout.profile.gpus)} each"
     share = _percent(chosen.goal)
     if not chosen.meets:
         measured = chosen.outcome.measured
@@ -117,12 +121,14 @@ def _verdict(found: Plan) -> str:
     )
 
 
-def _parallelism(model: str, hopeless: Sequence[EngineProfile]) -> str:
+def _parallelism(known: Sequence[EngineProfile], reaching: Reaching) -> str:
     """Which engines there were to choose from: only what was measured."""
-    known = _either([each for each in PROFILES.values() if each.model == model])
-    said = f"An engine of {model} is known on {known} only: nothing else was measured."
-    if hopeless:
-        said += f" On {_either(hopeless)} no request would meet the SLOs even alone."
+    model = known[0].model
+    measured = _either([each for each in PROFILES.values() if each.model == model])
+    said = f"An engine of {model} is known on {measured} only: nothing else was measured."
+    for latency, reach in (("TTFT", reaching.prefill), ("TPOT", reaching.decode)):
+        if hopeless := [each for each in known if each not in reach]:
+            said += f" On {_either(hopeless)} no request would meet the {latency} even alone."
     return said
 
 
@@ -138,10 +144,12 @@ def _percent(goal: Goal) -> str:
 def _simulate_command(question: Question, chosen: Trial) -> str:
     """That runs the layout again."""
     layout = chosen.layout
-    name = next(name for name, each in PROFILES.items() if each == layout.profile)
-    words = ["baton", "simulate", question.workload, "--model", name, "--gpus", f"{chosen.gpus}",
-             "--prefill", f"{layout.prefill}", "--policy", question.policy, "--slo", question.slo,
+    words = ["baton", "simulate", question.workload, "--model", _name(layout.profile),
+             "--gpus", f"{chosen.gpus}", "--prefill", f"{layout.prefill}",
+             "--policy", question.policy, "--slo", question.slo,
              "--minutes", f"{question.minutes:.12g}", "--seed", f"{question.seed}"]  # fmt: skip
+    if layout.prefill_profile is not None:
+        words += ["--prefill-model", _name(layout.prefill_profile)]
     if question.rate_rps is not None:
         words += ["--rate", f"{question.rate_rps:.12g}"]
     if question.routers > 1:
@@ -149,9 +157,15 @@ def _simulate_command(question: Question, chosen: Trial) -> str:
     return shlex.join(words)
 
 
+def _name(profile: EngineProfile) -> str:
+    return next(name for name, each in PROFILES.items() if each == profile)
+
+
 def _serve_command(layout: Layout) -> str:
     """That starts the layout on real GPUs."""
     command = f"baton serve --prefill {layout.prefill} --decode {layout.decode} --model CHECKPOINT"
     if layout.profile.gpus > 1:
-        return f"BATON_ENGINE_ARGS__TENSOR_PARALLEL_SIZE={layout.profile.gpus} {command}"
+        command = f"BATON_ENGINE_ARGS__TENSOR_PARALLEL_SIZE={layout.profile.gpus} {command}"
+    if (other := layout.prefill_profile) is not None:
+        command = f"BATON_PREFILL__ENGINE_ARGS__TENSOR_PARALLEL_SIZE={other.gpus} {command}"
     return command

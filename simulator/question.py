@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from engine.latency_model import StepTimes, StepWork
 from engine.profiles import PROFILES, EngineProfile
@@ -34,6 +34,8 @@ class Question:
     workload: str
     """A trace's path, or the name of a synthetic one."""
     model: str
+    prefill_model: str | None
+    """Of engines that only compute prompts, if they are others."""
     gpus: int
     """Of a plan: at most."""
     prefill: int | None
@@ -134,40 +136,60 @@ def read_slo(text: str) -> Slo:
     return slo
 
 
-def read_profile(question: Question) -> EngineProfile:
-    """Raises ConfigError for a name that is none."""
-    profile = PROFILES.get(question.model)
+def _profile(name: str) -> EngineProfile:
+    profile = PROFILES.get(name)
     if profile is None:
-        near = nearest(question.model, PROFILES)
+        near = nearest(name, PROFILES)
         raise ConfigError(
-            f"there is no engine {question.model!r}; did you mean {near!r}? "
-            f"There are {', '.join(PROFILES)}"
+            f"there is no engine {name!r}; did you mean {near!r}? There are {', '.join(PROFILES)}"
         )
     return profile
 
 
 def read_layout(question: Question) -> Layout:
     """Of a question that is no plan."""
-    profile = read_profile(question)
     if question.attainment is not None:
         raise ConfigError("--attainment says what --plan is to reach; add --plan or leave it out")
+    profile, prefill = _profile(question.model), question.prefill or 0
+    if question.prefill_model not in (None, question.model):
+        return _of_two_kinds(question, profile, prefill)
     engines, rest = divmod(question.gpus, profile.gpus)
     if rest or engines < 1:
         raise ConfigError(
             f"--gpus {question.gpus} is no whole number of engines: {question.model} runs on "
             f"{profile.gpus}"
         )
-    prefill = question.prefill or 0
     if not 0 <= prefill < engines:
         raise ConfigError(f"--prefill {prefill} leaves no engine to decode: there are {engines}")
     return Layout(profile, prefill, engines - prefill)
 
 
+def _of_two_kinds(question: Question, profile: EngineProfile, prefill: int) -> Layout:
+    assert question.prefill_model is not None, "it is another"
+    other = _profile(question.prefill_model)
+    if other.model != profile.model:
+        raise ConfigError(
+            f"--prefill-model {question.prefill_model} is another model than {question.model}: "
+            "what it computes can't be handed over"
+        )
+    if prefill < 1:
+        raise ConfigError("--prefill-model needs --prefill, the number of its engines")
+    engines, rest = divmod(question.gpus - prefill * other.gpus, profile.gpus)
+    if rest or engines < 1:
+        raise ConfigError(
+            f"--gpus {question.gpus} less {prefill} times {other.gpus} for prompts is no whole "
+            f"number of engines to decode: {question.model} runs on {profile.gpus}"
+        )
+    return Layout(profile, prefill, engines, prefill_profile=other)
+
+
 def read_profiles(question: Question) -> list[EngineProfile]:
     """What a plan chooses from: all degrees of tensor parallelism that are known of a model."""
-    profile = read_profile(question)
+    profile = _profile(question.model)
     if question.prefill is not None:
         raise ConfigError("--plan finds the number of prefill engines; leave --prefill out")
+    if question.prefill_model is not None:
+        raise ConfigError("--plan finds what engines compute prompts; leave --prefill-model out")
     profiles = [each for each in PROFILES.values() if each.model == profile.model]
     fitting = [each for each in profiles if each.gpus <= question.gpus]
     if not fitting:
@@ -178,30 +200,39 @@ def read_profiles(question: Question) -> list[EngineProfile]:
     return fitting
 
 
+class Reaching(NamedTuple):
+    """Engines on which some request could be in time, alone on an idle one."""
+
+    prefill: list[EngineProfile]
+    """For its first token."""
+    decode: list[EngineProfile]
+    """For the later ones."""
+
+
 def check_reachable(
-    profiles: Sequence[EngineProfile], slo: Slo, requests: Sequence[TracedRequest]
-) -> list[EngineProfile]:
-    """Those on which some request could meet the SLO, alone on an idle engine. If there is none,
-    the SLO is a mistake, not a result: raises ConfigError with the best that is reachable."""
-    alone = [(profile, *_alone_s(profile, requests)) for profile in profiles]
-    reached = [
-        profile
-        for profile, ttft_s, tpot_s in alone
-        if slo.ttft_s >= ttft_s and slo.tpot_s >= tpot_s
-    ]
-    if not reached:
+    prefill: Sequence[EngineProfile], decode: Sequence[EngineProfile], slo: Slo,
+    requests: Sequence[TracedRequest],
+) -> Reaching:  # fmt: skip
+    """Those of either pool that could meet its latency. If a pool has none, the SLO is a mistake,
+    not a result: raises ConfigError with the best that is reachable."""
+    alone = {each: _alone_s(each, requests) for each in dict.fromkeys((*prefill, *decode))}
+    reaching = Reaching(
+        [each for each in prefill if slo.ttft_s >= alone[each].ttft_s],
+        [each for each in decode if slo.tpot_s >= alone[each].tpot_s],
+    )
+    if not reaching.prefill or not reaching.decode:
         best = " or ".join(
-            f"{in_units(ttft_s)},{in_units(tpot_s)} on {gpus_of(profile.gpus)}"
-            for profile, ttft_s, tpot_s in alone
+            f"{in_units(least.ttft_s)},{in_units(least.tpot_s)} on {gpus_of(profile.gpus)}"
+            for profile, least in alone.items()
         )
         raise ConfigError(
             f"no request can meet --slo {in_units(slo.ttft_s)},{in_units(slo.tpot_s)} even alone "
-            f"on {alone[0][0].model}; the best reachable is {best}"
+            f"on {decode[0].model}; the best reachable is {best}"
         )
-    return reached
+    return reaching
 
 
-def _alone_s(profile: EngineProfile, requests: Sequence[TracedRequest]) -> tuple[float, float]:
+def _alone_s(profile: EngineProfile, requests: Sequence[TracedRequest]) -> Slo:
     """The least TTFT and TPOT of these requests."""
     times = StepTimes(profile.timing(1))
     ttft_s, tpot_s = float("inf"), float("inf")
@@ -211,7 +242,7 @@ def _alone_s(profile: EngineProfile, requests: Sequence[TracedRequest]) -> tuple
         token.add_decode(request.input_tokens)
         ttft_s = min(ttft_s, times.step_s(prompt))
         tpot_s = min(tpot_s, times.step_s(token))
-    return ttft_s, tpot_s
+    return Slo(ttft_s, tpot_s)
 
 
 def in_units(seconds: float) -> str:

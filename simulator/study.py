@@ -8,7 +8,7 @@ from router.core.costs import Slo
 from simulator.cluster import Layout
 from simulator.experiment import Outcome, run
 from simulator.progress import Bar
-from simulator.question import Workload
+from simulator.question import Workload, gpus_of
 from simulator.workloads import sped_up
 
 
@@ -44,8 +44,12 @@ class Study:
 
 
 def in_words(layout: Layout) -> str:
-    """`1 prefill and 3 decode engines`."""
-    engines = layout.prefill + layout.decode
+    """`1 prefill and 3 decode engines`; what they run on, if that differs."""
     if not layout.prefill:
-        return f"{engines} engine{'s' * (engines > 1)} for both"
-    return f"{layout.prefill} prefill and {layout.decode} decode engine{'s' * (layout.decode > 1)}"
+        return f"{layout.decode} engine{'s' * (layout.decode > 1)} for both"
+    decode = f"{layout.decode} decode engine{'s' * (layout.decode > 1)}"
+    if (other := layout.prefill_profile) is None:
+        return f"{layout.prefill} prefill and {decode}"
+    prefill = f"{layout.prefill} prefill engine{'s' * (layout.prefill > 1)}"
+    gpus, decode_gpus = gpus_of(other.gpus), gpus_of(layout.profile.gpus)
+    return f"{prefill} of {gpus} and {decode} of {decode_gpus}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from protos.ids import WorkerId
 from router.core.candidates import Column
+from router.core.events import Role
 from router.core.forecast import LARGEST_SHARE, LEAST_SEEN_S, Forecast
 from router.core.workers import Worker
 
@@ -42,6 +43,16 @@ class Columns:
             self._began_s, self.decodes, self.context_tokens, self.running,
             self.running_context_tokens, self.coming_tokens, self.routers,
         ) = self._rows  # fmt: skip
+
+    def role(self, at: int) -> Role:
+        """Of the worker at this place."""
+        return Role.PREFILL if at < self.prefill.stop else Role.DECODE
+
+    def by_role(self, prefill: float, decode: float) -> Column:
+        """A value for all of a pool."""
+        column = self.none + decode
+        column[self.prefill] = prefill
+        return column
 
     def is_of(self, prefill: Sequence[Worker], decode: Sequence[Worker]) -> bool:
         """Whether these are its workers still: a pool's tuples are made anew when it changes."""

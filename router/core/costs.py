@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Final, NamedTuple, TypeVar
+from dataclasses import astuple, dataclass
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from engine.latency_model import StepTimes
 from engine.learned_times import LearnedTimes
+from engine.spec import EngineTimes, PoolTimes
 from router.core.arrivals import Arrivals
 from router.core.candidates import Column
 from router.core.columns import Columns
+from router.core.events import Role
 from router.core.forecast import LARGEST_SHARE
 
 Amount = TypeVar("Amount", float, Column)
@@ -81,10 +82,50 @@ class Asked:
     """How long outputs get, whoever asks."""
 
 
+@dataclass(frozen=True, slots=True)
+class Profile(Generic[Amount]):
+    """What the work of an engine's steps takes, of one engine or in columns: the terms of
+    `SimulatedTiming`."""
+
+    step_base_s: Amount
+    prefill_token_s: Amount
+    prefill_pair_s: Amount
+    decode_request_s: Amount
+    decode_context_token_s: Amount
+    transfer_block_s: Amount
+    transfer_base_s: Amount
+    max_step_tokens: Amount
+
+    def step_s(self, requests: Amount, context_tokens: Amount) -> Amount:
+        """A step that only decodes: `StepTimes.step_s`."""
+        return (
+            self.step_base_s
+            + requests * self.decode_request_s
+            + context_tokens * self.decode_context_token_s
+        )
+
+    def transfer_s(self, blocks: Amount, step_s: Amount) -> Amount:
+        """From a hand-off until the request is in a step: it waits for its blocks, then for the end
+        of a step that is under way, half of one on average."""
+        return self.transfer_base_s + blocks * self.transfer_block_s + step_s / 2
+
+
+def profile_of(engine: EngineTimes) -> Profile[float]:
+    """In columns' terms."""
+    timing = engine.timing
+    return Profile(
+        # Steps that take no time at all leave nothing to compare.
+        max(LEAST_STEP_S, timing.step_base_s), timing.prefill_token_s, timing.prefill_pair_s,
+        timing.decode_request_s, timing.decode_context_token_s, timing.transfer_block_s,
+        timing.transfer_base_s, engine.max_step_tokens,
+    )  # fmt: skip
+
+
 class Found(NamedTuple):
     """All workers as the request finds them."""
 
     columns: Columns
+    profile: Profile[Column]
     cached: Column
     """Tokens of the prompt."""
     later: Column
@@ -114,51 +155,47 @@ class Found(NamedTuple):
 class Pricing:
     """Predicts times and weighs them. Parts are priced as columns: costs, then `COMPARED`."""
 
-    def __init__(
-        self, times: StepTimes, max_step_tokens: int, weights: Weights, learned: LearnedTimes
-    ) -> None:
-        timing = times.timing
-        # Steps that take no time at all leave nothing to compare.
-        self._timing = replace(timing, step_base_s=max(LEAST_STEP_S, timing.step_base_s))
+    def __init__(self, engines: PoolTimes, weights: Weights, learned: LearnedTimes) -> None:
+        self._profiles = {
+            Role.PREFILL: profile_of(engines.prefill), Role.DECODE: profile_of(engines.decode)
+        }  # fmt: skip
         self._learned = learned
-        self._max_step_tokens = max_step_tokens
         self._weights = weights
+        self._columns: Columns | None = None
 
-    def step_s(self, requests: Amount, context_tokens: Amount) -> Amount:
-        """A step that only decodes."""
-        return self._learned.step.value * self.profiled_step_s(requests, context_tokens)
+    def of(self, role: Role) -> Profile[float]:
+        """What is known of a pool's engines."""
+        return self._profiles[role]
 
-    def profiled_step_s(self, requests: Amount, context_tokens: Amount) -> Amount:
-        """As the profile says: `StepTimes.step_s` of many workers."""
-        timing = self._timing
-        return (
-            timing.step_base_s
-            + requests * timing.decode_request_s
-            + context_tokens * timing.decode_context_token_s
-        )
+    def step_s(self, role: Role, requests: float, context_tokens: float) -> float:
+        """A step of one engine of that pool, that only decodes."""
+        return self._learned.step.value * self._profiles[role].step_s(requests, context_tokens)
 
-    def prompts(self, tokens: float, pairs: float, running: float) -> tuple[float, float]:
+    def prompts(
+        self, role: Role, tokens: float, pairs: float, running: float
+    ) -> tuple[float, float]:
         """What the profile says of prompts' tokens, and how many steps they take."""
-        timing = self._timing
-        work_s = tokens * timing.prefill_token_s + pairs * timing.prefill_pair_s
-        return work_s, tokens / max(1.0, self._max_step_tokens - running)
+        profile = self._profiles[role]
+        work_s = tokens * profile.prefill_token_s + pairs * profile.prefill_pair_s
+        return work_s, tokens / max(1.0, profile.max_step_tokens - running)
 
-    def profiled_transfer_s(self, blocks: Amount, step_s: Amount) -> Amount:
-        """From a hand-off until the request is in a step: it waits for its blocks, then for the end
-        of a step that is under way, half of one on average."""
-        timing = self._timing
-        return timing.transfer_base_s + blocks * timing.transfer_block_s + step_s / 2
+    def _of(self, columns: Columns) -> Profile[Column]:
+        if columns is not self._columns:
+            self._columns = columns
+            pools = astuple(self._profiles[Role.PREFILL]), astuple(self._profiles[Role.DECODE])
+            self._in_columns = Profile(*map(columns.by_role, *pools))
+        return self._in_columns
 
     def find(self, ask: Asked, columns: Columns, cached: Column, arrivals: Arrivals) -> Found:
         """What is predicted for the request on each worker."""
-        timing, weights = self._timing, self._weights
+        profile, weights, step = self._of(columns), self._weights, self._learned.step.value
         window_s = weights.share_window_s
         tokens = ask.tokens - cached
-        before_s = self.step_s(columns.decodes, columns.context_tokens)
-        running_s = self.step_s(columns.running, columns.running_context_tokens)
+        before_s = step * profile.step_s(columns.decodes, columns.context_tokens)
+        running_s = step * profile.step_s(columns.running, columns.running_context_tokens)
         # In chunks, each beside what decodes there by now.
-        steps = tokens / np.maximum(1.0, self._max_step_tokens - columns.running)
-        work_s = tokens * (timing.prefill_token_s + (cached + tokens / 2) * timing.prefill_pair_s)
+        steps = tokens / np.maximum(1.0, profile.max_step_tokens - columns.running)
+        work_s = tokens * (profile.prefill_token_s + (cached + tokens / 2) * profile.prefill_pair_s)
         takes_s = self._learned.prefill.value * work_s
         base_s = np.ceil(steps) * running_s
         prefill_s, occupies_s = takes_s + base_s, takes_s + steps * running_s
@@ -172,7 +209,7 @@ class Pricing:
             coming = weights.arriving * each_rps * (queue_s + arrivals.mean_s)
             later = columns.waiting + np.minimum(weights.later, coming)
         return Found(
-            columns, cached, later, queue_s, work_s, base_s, prefill_s, occupies_s,
+            columns, profile, cached, later, queue_s, work_s, base_s, prefill_s, occupies_s,
             before_s, left, left_with_it, before_s / left, queue_s + prefill_s,
             _room_s(ask, columns, cached, running_s / left),
         )  # fmt: skip
@@ -192,7 +229,8 @@ class Pricing:
         running, running_tokens = columns.running[at], columns.running_context_tokens[at]
         requests = joined - gone * running
         tokens = joined * ask.context_tokens - gone * running_tokens
-        step_s = self.step_s(requests, tokens) - self.step_s(0.0, 0.0)
+        role = columns.role(at)
+        step_s = self.step_s(role, requests, tokens) - self.step_s(role, 0.0, 0.0)
         return tpot_s + float(step_s)
 
     def prefill(self, ask: Asked, there: Found) -> Sequence[Column]:
@@ -205,7 +243,8 @@ class Pricing:
     def decode(self, ask: Asked, there: Found) -> Sequence[Column]:
         """What comes after a prompt that another worker computes."""
         blocks = (ask.tokens - there.cached) / there.columns.block_tokens
-        transfer_s = self._learned.transfer.mean * self.profiled_transfer_s(blocks, there.before_s)
+        profiled_s = there.profile.transfer_s(blocks, there.before_s)
+        transfer_s = self._learned.transfer.mean * profiled_s
         tpot_s = self._with_it_s(ask, there) / there.left
         cost = self._beside(ask, there, tpot_s)
         # Its client waits for the second token while the prompt's state moves.
@@ -228,8 +267,8 @@ class Pricing:
 
     def _with_it_s(self, ask: Asked, there: Found) -> Column:
         """A decode step of all that are to decode there and the request."""
-        timing = self._timing
-        added_s = timing.decode_request_s + ask.context_tokens * timing.decode_context_token_s
+        profile = there.profile
+        added_s = profile.decode_request_s + ask.context_tokens * profile.decode_context_token_s
         return there.before_s + self._learned.step.value * added_s
 
     def _behind(self, ask: Asked, there: Found) -> Column:

@@ -25,8 +25,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from engine.base import NOTHING_PLACED
-from engine.latency_model import StepTimes
 from engine.learned_times import LearnedTimes
+from engine.spec import PoolTimes
 from protos.ids import RequestKey, WorkerId
 from router.core.ahead import Ahead
 from router.core.arrivals import Arrivals
@@ -99,12 +99,11 @@ class JointPlacement:
     """See the module."""
 
     def __init__(
-        self, tie_break: TieBreak, times: StepTimes, max_step_tokens: int, slo: Slo,
-        weights: Weights = WEIGHTS,
-    ) -> None:  # fmt: skip
+        self, tie_break: TieBreak, engines: PoolTimes, slo: Slo, weights: Weights = WEIGHTS
+    ) -> None:
         self._tie_break = tie_break
         self.learned = LearnedTimes()
-        self._pricing = Pricing(times, max_step_tokens, weights, self.learned)
+        self._pricing = Pricing(engines, weights, self.learned)
         self._slo = slo
         self._weights = weights
         self.held_share = weights.hold
@@ -169,7 +168,7 @@ class JointPlacement:
             tpot_s *= float(there.left[at] / there.left_with_it[at])
         joined = routers * before.requests / len(decode or prefill)
         tpot_s = self._pricing.tpot_after(ask, there.columns, at, tpot_s, ttft_s, joined)
-        alone_s = self._pricing.step_s(1.0, ask.context_tokens)
+        alone_s = self._pricing.step_s(there.columns.role(at), 1.0, ask.context_tokens)
         return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens)
 
     def _best(self, ask: Asked, view: View, shape: Shape, there: Found, kept: Shortlist) -> _Best:
@@ -215,8 +214,10 @@ class JointPlacement:
         before = NOTHING_PLACED if forecast is None else forecast.others.placed
         if worker.others != before:
             forecast = self._forecast(worker.id)
-            window_s = self._weights.share_window_s
-            hear(now_s, forecast, worker.others, self._pricing, self.learned.prefill, window_s)
+            hear(
+                now_s, worker.role, forecast, worker.others, self._pricing, self.learned.prefill,
+                self._weights.share_window_s,
+            )  # fmt: skip
             if self._columns is not None:  # At once, since questions wait for nobody's reports.
                 self._columns.write(worker.id, forecast)
         if forecast is None or not (there := forecast.figures()).running or there.waiting:
@@ -226,7 +227,7 @@ class JointPlacement:
         # What runs there before it is told of is taken to be like the rest.
         running = max(there.running, worker.load.running)
         context_tokens = there.running_context_tokens * running / there.running
-        profiled_s = self._pricing.profiled_step_s(running, context_tokens)
+        profiled_s = self._pricing.of(worker.role).step_s(running, context_tokens)
         self.learned.step.observe(worker.load.step_time_s, profiled_s)
 
     def ended(self, now_s: float, key: RequestKey, output_tokens: int | None) -> None:
@@ -274,8 +275,9 @@ class JointPlacement:
         if not part.fetched_blocks:
             return
         there = forecast.figures()
-        step_s = self._pricing.step_s(there.running, there.running_context_tokens)
-        profiled_s = self._pricing.profiled_transfer_s(part.fetched_blocks, step_s)
+        # Who fetches makes the tokens.
+        step_s = self._pricing.step_s(Role.DECODE, there.running, there.running_context_tokens)
+        profiled_s = self._pricing.of(Role.DECODE).transfer_s(part.fetched_blocks, step_s)
         known = profiled_s / (profiled_s + step_s)
         self.learned.transfer.observe(now_s - part.placed_s - step_s, profiled_s, known)
 

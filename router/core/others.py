@@ -11,12 +11,13 @@ import math
 from engine.base import PlacedWork
 from engine.learned_times import Factor
 from router.core.costs import Pricing
+from router.core.events import Role
 from router.core.forecast import NO_OTHERS, Forecast, Others
 
 
 def hear(
-    now_s: float, forecast: Forecast, placed: PlacedWork, pricing: Pricing, factor: Factor,
-    window_s: float,
+    now_s: float, role: Role, forecast: Forecast, placed: PlacedWork, pricing: Pricing,
+    factor: Factor, window_s: float,
 ) -> None:  # fmt: skip
     """A worker's report is not as the one before. `factor` is of the time that prompts' tokens
     take, and learns by others' prompts as by this router's own."""
@@ -26,10 +27,10 @@ def hear(
         before = before._replace(
             computed_tokens=placed.computed_tokens, computed_pairs=placed.computed_pairs
         )
-    step_s = pricing.step_s(there.running, there.running_context_tokens)
+    step_s = pricing.step_s(role, there.running, there.running_context_tokens)
 
     def takes_s(tokens: int, pairs: int) -> float:
-        work_s, steps = pricing.prompts(tokens, pairs, there.running)
+        work_s, steps = pricing.prompts(role, tokens, pairs, there.running)
         return factor.value * work_s + steps * step_s
 
     waiting_s = takes_s(placed.prompt_tokens, placed.prompt_pairs)
@@ -42,7 +43,7 @@ def hear(
     )
     # Of a prompt that was never reported as waiting, nobody knows when it came.
     if computed_tokens > 0 and before.prompts:
-        work_s, steps = pricing.prompts(computed_tokens, computed_pairs, there.running)
+        work_s, steps = pricing.prompts(role, computed_tokens, computed_pairs, there.running)
         forecast.done.add(now_s, known.since_s, work_s, math.ceil(steps) * step_s, factor)
     since_s = known.since_s if before.prompts else now_s
     forecast.hear(now_s, Others(placed, waiting_s, since_s), max(0.0, added_s), window_s)

@@ -177,7 +177,7 @@ class AibrixPd(AibrixPrefix):
         self._decode_spread = knobs["decode_spread"]
         self._throughput_spread = knobs["throughput_spread"]
         self._drain_ratio = knobs["drain_ratio"]
-        self._step_s = setup.times.step_s
+        self._step_s = setup.decode_times.step_s
         self._scraped = Sampled[_Scraped](SCRAPE_PERIOD_S, self._scrape)
         self._completed_s: defaultdict[WorkerId, deque[float]] = defaultdict(deque)
 

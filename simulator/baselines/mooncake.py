@@ -113,13 +113,13 @@ class Mooncake(PeerPolicy):
         """Predicted transfer, and prefill after it."""
         transfer_s = 0.0
         if self._fetches(blocks, best):
-            transfer_s = self._setup.times.transfer_s(best - blocks)
+            transfer_s = self._setup.prefill_times.transfer_s(best - blocks)
             blocks = best
         return transfer_s, self._setup.prefill_s(ask.shape.prompt_tokens, ask.tokens(blocks))
 
     def _least_time_between_tokens(self, ask: Ask, workers: Sequence[Worker]) -> Choice:
         tokens = ask.shape.prompt_tokens + ask.shape.output_tokens
-        step_s, role = self._setup.times.step_s, Part.DECODE.role
+        step_s, role = self._setup.decode_times.step_s, Part.DECODE.role
         work = StepWork()
         candidates = []
         for worker in workers:

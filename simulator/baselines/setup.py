@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from engine.latency_model import StepTimes, StepWork
+from engine.spec import PoolTimes
 from protos.errors import ConfigError, nearest
 
 
@@ -21,10 +22,10 @@ class Setup:
 
     rng: Random
     """Seeded; breaks ties and makes random choices."""
-    times: StepTimes
-    max_step_tokens: int
-    """What an engine computes in one step at most."""
+    engines: PoolTimes
+    """Without a prefill pool its engines are those of the decode pool."""
     max_running_requests: int
+    """Of an engine that decodes."""
     knobs: Mapping[str, float] = field(default_factory=dict)
     """Other values for the policy's parameters, by name."""
 
@@ -44,8 +45,19 @@ class Setup:
         work = StepWork()
         work.add_prefill(uncached_tokens, prompt_tokens - uncached_tokens)
         # The pairs of a prompt that is cut into steps add up to those of the whole.
-        further_steps = math.ceil(uncached_tokens / self.max_step_tokens) - 1
-        return self.times.step_s(work) + further_steps * self.times.timing.step_base_s
+        engine = self.engines.prefill
+        further_steps = math.ceil(uncached_tokens / engine.max_step_tokens) - 1
+        return self.prefill_times.step_s(work) + further_steps * engine.timing.step_base_s
+
+    @property
+    def prefill_times(self) -> StepTimes:
+        """Of engines that compute prompts."""
+        return StepTimes(self.engines.prefill.timing)
+
+    @property
+    def decode_times(self) -> StepTimes:
+        """Of engines that decode."""
+        return StepTimes(self.engines.decode.timing)
 
 
 def _unknown(name: str, defaults: Mapping[str, float]) -> str:

@@ -14,7 +14,7 @@ from cluster import engine_profile
 from cluster.config import Config
 from engine.devices import GPUS
 from engine.profiles import PROFILES
-from engine.spec import SimulatedTiming
+from engine.spec import PoolTimes, SimulatedTiming
 from protos.errors import ConfigError
 
 MINE = SimulatedTiming(step_base_s=0.5, prefill_pair_s=1e-9)
@@ -27,14 +27,23 @@ SMALL = {
 }
 
 
+def times(
+    tmp_path: Path,
+    model: dict[str, Any] = SMALL,
+    accelerators: Collection[str] = ("H100",),
+    **values: Any,
+) -> PoolTimes:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    return engine_profile.times(Config.model_validate(values), tmp_path, accelerators)
+
+
 def timing(
     tmp_path: Path,
     model: dict[str, Any] = SMALL,
     accelerators: Collection[str] = ("H100",),
     **values: Any,
 ) -> SimulatedTiming:
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    return engine_profile.timing(Config.model_validate(values), tmp_path, accelerators)
+    return times(tmp_path, model, accelerators, **values).decode.timing
 
 
 def test_simulated_engines_times_are_known(tmp_path: Path) -> None:
@@ -143,13 +152,35 @@ def test_the_nearest_name_is_told(tmp_path: Path) -> None:
         timing(tmp_path, router={"engine_profile": "llama-3-8b-h100"})
 
 
-def test_prompts_are_computed_in_steps_of_the_prefill_pools_size() -> None:
-    def step_tokens(**values: Any) -> int:
-        return engine_profile.max_step_tokens(Config.model_validate(values))
+def test_steps_compute_as_much_as_each_pools_engines_do(tmp_path: Path) -> None:
+    found = times(
+        tmp_path,
+        engine_args={"max_num_batched_tokens": 2048},
+        decode={"engine_args": {"max_num_batched_tokens": 512}},
+    )
+    assert found.prefill.max_step_tokens == 2048
+    assert found.decode.max_step_tokens == 512
 
-    pools: dict[str, Any] = {
-        "prefill": {"replicas": 1, "engine_args": {"max_num_batched_tokens": 4096}},
-        "decode": {"engine_args": {"max_num_batched_tokens": 512}},
-    }
-    assert step_tokens(**pools) == 4096
-    assert step_tokens(**{**pools, "prefill": {"replicas": 0}}) == 512
+
+def test_pools_may_run_on_more_or_fewer_gpus(tmp_path: Path) -> None:
+    one = times(tmp_path)
+    four = times(tmp_path, prefill={"engine_args": {"tensor_parallel_size": 4}})
+    assert one.prefill == one.decode == four.decode
+    assert four.prefill.timing.prefill_token_s == one.prefill.timing.prefill_token_s / 4
+
+
+def test_a_pools_own_profile_goes_before(tmp_path: Path) -> None:
+    found = times(
+        tmp_path,
+        router={"engine_profile": "llama-3.1-70b-h100x4"},
+        prefill={"engine_profile": "llama-3.1-70b-h100x8"},
+        engine_args={"block_size": 16},
+    )
+    assert found.prefill.timing == PROFILES["llama-3.1-70b-h100x8"].timing(16)
+    assert found.decode.timing == PROFILES["llama-3.1-70b-h100x4"].timing(16)
+
+
+def test_a_pools_profile_that_is_none_is_told_by_its_setting() -> None:
+    config = Config.model_validate({"decode": {"engine_profile": "llama-3-8b"}})
+    with pytest.raises(ConfigError, match=r"decode\.engine_profile: there is no profile"):
+        engine_profile.check(config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.spec import SimulatedTiming
+from engine.spec import EngineTimes, PoolTimes, SimulatedTiming
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos.anchor_link import LENGTH
 from protos.ids import Incarnation, WorkerId
@@ -35,9 +35,8 @@ from tests.router.core.driving import SETTINGS, TICKET, Drive, demand, key
 from tests.router.core.test_histories import walk
 from tests.router.running_router import Unit, until
 
-JOINT = JointSettings(
-    ttft_slo_s=1.0, tpot_slo_s=0.05, timing=SimulatedTiming(), max_step_tokens=2048
-)
+ENGINE = EngineTimes(SimulatedTiming(), max_step_tokens=2048)
+JOINT = JointSettings(ttft_slo_s=1.0, tpot_slo_s=0.05, engines=PoolTimes(ENGINE, ENGINE))
 
 
 def seeded(tie_break_seed: int, joint: JointSettings | None = None) -> Origin:

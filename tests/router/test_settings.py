@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from engine.spec import SimulatedTiming
+from engine.spec import EngineTimes, PoolTimes, SimulatedTiming
 from router import settings
 from router.settings import JointSettings, RouterSettings
 
 JOINT = JointSettings(
     ttft_slo_s=1.5,
     tpot_slo_s=0.04,
-    timing=SimulatedTiming(step_base_s=0.01, prefill_pair_s=1e-9),
-    max_step_tokens=4096,
+    engines=PoolTimes(
+        prefill=EngineTimes(SimulatedTiming(step_base_s=0.01, prefill_pair_s=1e-9), 4096),
+        decode=EngineTimes(SimulatedTiming(step_base_s=0.02), 512),
+    ),
 )
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from engine.spec import SimulatedTiming
+from engine.spec import EngineTimes, PoolTimes, SimulatedTiming
 from protos.enginecore import EngineRequest
 from router.settings import JointSettings
 from tests.router.running_router import STEP_S, Unit, expected
 
 DECODE = ("d0", "d1", "d2", "d3")
+ENGINE = EngineTimes(SimulatedTiming(step_base_s=STEP_S), max_step_tokens=2048)
 JOINT = JointSettings(
     ttft_slo_s=1.0,
     tpot_slo_s=0.05,
-    timing=SimulatedTiming(step_base_s=STEP_S),
-    max_step_tokens=2048,
+    engines=PoolTimes(ENGINE, ENGINE),
 )
 PROMPT_TOKENS = 100
 LONG = 1500

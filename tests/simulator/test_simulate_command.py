@@ -48,7 +48,7 @@ def test_a_trace_and_its_report(trace: Path, tmp_path: Path) -> None:
     )
     assert code == 0, told
     assert f"Curves: {page}, {picture}" in told.replace("\n", "")
-    assert "1 prefill and 1 decode engines" in " ".join(told.split())
+    assert "1 prefill and 1 decode engine:" in " ".join(told.split())
     assert "300 in 30 s" in told
     assert "100.0%" in told
     text = page.read_text()
@@ -133,15 +133,43 @@ PLAN = ("poisson", "--rate", "60", "--minutes", "0.5", "--plan")
 def test_a_plan_and_the_command_for_just_that() -> None:
     code, told = typed(*PLAN, "--slo", "500ms,12ms")
     assert code == 0, told
-    chosen = next(line for line in told.splitlines() if "→" in line)
-    _, gpus, _, prefill, decode, within, *_ = (cell.strip(" →") for cell in chosen.split("│"))
-    assert int(gpus) == int(prefill) + int(decode) < 8
+    gpus, prefill, decode, within = chosen(told)
+    prefills, decodes = prefill.removesuffix(" x 1"), decode.removesuffix(" x 1")
+    assert int(gpus) == int(prefills) + int(decodes) < 8
     assert f"Chosen: {gpus} GPUs" in told
-    assert f"baton serve --prefill {prefill} --decode {decode}" in told
-    _, _, again = told.partition("Again: baton simulate ")
-    code, told = typed(*shlex.split(again.partition("\n")[0]))
+    assert f"baton serve --prefill {prefills} --decode {decodes}" in told
+    assert f"│ {within} " in again(told)
+
+
+def chosen(told: str) -> list[str]:
+    """Of its row: GPUs, either pool's engines, and the share that was served as promised."""
+    row = next(line for line in told.splitlines() if "→" in line)
+    return [cell.strip(" →") for cell in row.split("│")[1:5]]
+
+
+def again(told: str) -> str:
+    """What the command says that a plan ends with."""
+    _, _, command = told.partition("Again: baton simulate ")
+    code, told = typed(*shlex.split(command.partition("\n")[0]))
     assert code == 0, told
-    assert f"│ {within} " in told
+    return told
+
+
+def test_a_plan_may_give_either_pool_engines_of_its_own() -> None:
+    """Tokens would be late on 4 GPUs; prompts that are computed there leave them time on 8."""
+    code, told = typed(
+        "poisson", "--rate", "8", "--minutes", "0.5", "--plan", "--slo", "1s,15ms",
+        "--gpus", "32", "--model", "llama-3.1-70b-h100x4",
+    )  # fmt: skip
+    assert code == 0, told
+    *layout, within = chosen(told)
+    assert layout == ["12", "1 x 4", "1 x 8"]
+    assert "12 GPUs, 1 prefill engine of 4 GPUs and 1 decode engine of 8 GPUs. Why" in told
+    assert (
+        "BATON_PREFILL__ENGINE_ARGS__TENSOR_PARALLEL_SIZE=4 "
+        "BATON_ENGINE_ARGS__TENSOR_PARALLEL_SIZE=8 baton serve --prefill 1 --decode 1 " in told
+    )
+    assert f"│ {within} " in again(told)
 
 
 def test_a_plan_says_of_the_same_seed_the_same() -> None:
@@ -172,9 +200,13 @@ def test_a_plan_leaves_out_engines_on_which_nothing_could_be_in_time() -> None:
     )  # fmt: skip
     assert code == 0, told
     assert "is known on 4 or 8 GPUs only" in told
-    assert "On 4 GPUs no request would meet the SLOs even alone" in told
+    assert "On 4 GPUs no request would meet the TPOT even alone" in told
     assert "Chosen: 8 GPUs, 1 engine for both of 8 GPUs each" in told
     assert "TENSOR_PARALLEL_SIZE=8 baton serve --prefill 0 --decode 1" in told
+
+
+OTHER = ("poisson", "--rate", "1", "--gpus", "16", "--model", "llama-3.1-70b-h100x8",
+         "--prefill-model")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -201,6 +233,14 @@ def test_a_plan_leaves_out_engines_on_which_nothing_could_be_in_time() -> None:
         ),
         (("poisson", "--rate", "1", "--plan", "--gpus", "0"), "--gpus 0 is too few"),
         (("poisson", "--rate", "1", "--plan", "--slo", "1s,1ms"), "the best reachable is"),
+        ((*OTHER, "llama-3.1-70b-h100x4", "--plan"), "leave --prefill-model out"),
+        ((*OTHER, "llama-3.1-70b-h10x4"), "did you mean 'llama-3.1-70b-h100x4'"),
+        ((*OTHER, "llama-3.1-70b-h100x4"), "needs --prefill, the number of its engines"),
+        ((*OTHER, "qwen3-32b-h100x2", "--prefill", "1"), "is another model than"),
+        (
+            (*OTHER, "llama-3.1-70b-h100x4", "--prefill", "1"),
+            "no whole number of engines to decode",
+        ),
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], words: str) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from engine.latency_model import StepTimes
-from engine.spec import SimulatedTiming
+from engine.spec import EngineTimes, PoolTimes, SimulatedTiming
 from kvstore.index import KvIndex
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Incarnation, RequestKey, WorkerId
@@ -25,13 +24,18 @@ TIMING = SimulatedTiming(
     transfer_block_s=0.4e-3,
     transfer_base_s=2e-3,
 )
+ENGINE = EngineTimes(TIMING, max_step_tokens=8192)
+ALIKE = PoolTimes(ENGINE, ENGINE)
 SLO = Slo(ttft_s=2.0, tpot_s=0.05)
 
 
 class Bench:
     """A policy, the workers that it sees and their caches."""
 
-    def __init__(self, *names: str, slo: Slo = SLO, tie: int = 0, hold: float = math.inf) -> None:
+    def __init__(
+        self, *names: str, slo: Slo = SLO, tie: int = 0, hold: float = math.inf,
+        engines: PoolTimes = ALIKE,
+    ) -> None:  # fmt: skip
         self.pool = WorkerPool()
         for name in names:
             role = Role.PREFILL if name[0] == "p" else Role.DECODE
@@ -43,7 +47,7 @@ class Bench:
         self.index = KvIndex(100_000)
         self.view = View(self.pool, self.index, BLOCK_TOKENS, True, 0)
         weights = Weights(hold=hold)
-        self.policy = JointPlacement(lambda n: tie % n, StepTimes(TIMING), 8192, slo, weights)
+        self.policy = JointPlacement(lambda n: tie % n, engines, slo, weights)
         self.now_s = 100.0
         self._made = 0
 

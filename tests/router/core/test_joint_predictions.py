@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from engine.latency_model import StepTimes
-from engine.spec import SimulatedTiming
+from engine.base import PlacedWork
+from engine.spec import EngineTimes, PoolTimes, SimulatedTiming
+from protos.ids import WorkerId
 from router.core.backlog import Before
-from router.core.events import Shape
+from router.core.events import Role, Shape
 from router.core.joint import JointPlacement
-from router.core.placement import Expected
-from tests.router.core.joint_bench import SLO, Bench, predicted
+from router.core.placement import Decision, Expected
+from tests.router.core.joint_bench import ENGINE, SLO, Bench, predicted
 
 NOTHING = Before()
 NO_TIME = SimulatedTiming(
@@ -111,6 +112,44 @@ def test_nothing_is_expected_of_nobody() -> None:
 
 def test_steps_that_take_no_time_leave_something_to_compare() -> None:
     pool = Bench("d1")
-    policy = JointPlacement(lambda n: 0, StepTimes(NO_TIME), 8192, SLO)
+    no_time = EngineTimes(NO_TIME, max_step_tokens=8192)
+    policy = JointPlacement(lambda n: 0, PoolTimes(no_time, no_time), SLO)
     assert policy.expect(0.0, pool.view, Shape(128, None), NOTHING) is not None
     assert policy.place(0.0, pool.view, pool.key(1), Shape(128, None)) is not None
+
+
+def test_each_pools_engines_are_predicted_by_their_own_times() -> None:
+    wide = SimulatedTiming(
+        step_base_s=0.003, prefill_token_s=10e-6, decode_request_s=6e-6, transfer_block_s=0.1e-3
+    )
+    pools = PoolTimes(prefill=EngineTimes(wide, max_step_tokens=1024), decode=ENGINE)
+    unlike = Bench("p1", "d1", engines=pools).place(tokens=2560)
+    alike = Bench("p1", "d1").place(tokens=2560)
+    prefill_s = predicted(unlike, "p1", Role.PREFILL)["prefill_s"]
+    assert prefill_s == pytest.approx(2560 * 10e-6 + 3 * 0.003)
+    assert prefill_s < predicted(alike, "p1", Role.PREFILL)["prefill_s"]
+    # Who decodes also fetches.
+    assert both_parts(unlike, "d1") == both_parts(alike, "d1")
+
+
+def both_parts(decision: Decision, worker: str) -> list[dict[str, float]]:
+    """What was compared of a worker that would do all of it, and of the one that only decodes."""
+    return [
+        dict(zip(decision.compared, each.numbers, strict=True))
+        for each in decision.candidates
+        if (each.worker, each.role) == (worker, Role.DECODE)
+    ]
+
+
+def test_what_others_gave_a_pool_is_priced_by_its_own_times() -> None:
+    slow = EngineTimes(SimulatedTiming(prefill_token_s=1e-3), max_step_tokens=8192)
+    bench = Bench("p1", "d1", engines=PoolTimes(prefill=slow, decode=ENGINE))
+    for name in ("p1", "d1"):
+        worker = bench.pool.get(WorkerId(name))
+        assert worker is not None
+        worker.others = PlacedWork(prompts=1, prompt_tokens=1000)
+        bench.policy.stepped(bench.now_s, worker)
+    decision = bench.place(tokens=1280)
+    assert predicted(decision, "p1", Role.PREFILL)["queue_s"] > 1.0
+    whole, _ = both_parts(decision, "d1")
+    assert 0.02 < whole["queue_s"] < 0.1
