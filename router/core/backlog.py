@@ -32,10 +32,11 @@ class Waiting:
     due_s: float
     """Who is due first goes first."""
     late_s: float = math.inf
-    """By when its prompt must be computed if its turn comes and its worker is idle; who comes to a
-    worker that is not has to come sooner."""
+    """By when its prompt must be computed."""
     prefill_s: float = 0.0
     """How long its prompt is thought to take once its turn has come."""
+    promised_s: float = 0.0
+    """Until its first token: so long before it is late it came."""
 
 
 class Before(NamedTuple):
@@ -99,13 +100,14 @@ class Backlog:
         if len(self._served) > TENANTS_KEPT:
             self._served.popitem(last=False)
 
-    def next(self, now_s: float) -> RequestKey | None:
-        """Who goes next; it still waits."""
+    def next(self, now_s: float, held_share: float = 0.0) -> RequestKey | None:
+        """Who goes next; it still waits. Its worker has as much to do before its prompt as this
+        share of what was promised to it."""
         if not self._tenants:
             return None
         served = self._served
         name = min(self._tenants, key=lambda each: served.get(each, 0.0))
-        return self._first(now_s, self._tenants[name])
+        return self._first(now_s, self._tenants[name], held_share)
 
     def take_put_behind(self) -> list[RequestKey]:
         """Those that were found to be late since this was last asked; some may wait no more."""
@@ -126,11 +128,12 @@ class Backlog:
                 requests += turns
         return Before(work_s, requests)
 
-    def _first(self, now_s: float, queue: DueQueue) -> RequestKey:
+    def _first(self, now_s: float, queue: DueQueue, held_share: float) -> RequestKey:
         while True:
             place = queue.first()
             waiting = self._waiting[place.key][0]
-            if place.due_s != waiting.due_s or now_s + waiting.prefill_s <= waiting.late_s:
+            computed_s = now_s + held_share * waiting.promised_s + waiting.prefill_s
+            if place.due_s != waiting.due_s or computed_s <= waiting.late_s:
                 return place.key
             queue.remove(place)
             self._enqueue(queue, place.key, waiting, waiting.due_s + BEHIND_S)

@@ -6,6 +6,7 @@ its row written again before the next question.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -28,13 +29,16 @@ class Columns:
         workers = self._workers = (*prefill, *decode)
         self.prefill = slice(0, len(prefill))
         self.decode = slice(len(prefill), len(workers))
+        self.last = self.decode if decode else self.prefill
+        """Those that make the tokens."""
         self.computing = len(prefill) or len(decode)
         """How many of them compute prompts, but for those that are computed where they decode."""
         self.ids = [worker.id for worker in workers]
         self._at = {worker: at for at, worker in enumerate(self.ids)}
         self.block_tokens = _column([worker.block_size_tokens for worker in workers])
         self.none = np.zeros(len(workers))
-        self.kv_blocks = np.maximum(1.0, _column([worker.kv_blocks_total for worker in workers]))
+        # Of an engine that does not tell nobody knows that it is full.
+        self.kv_blocks = _column([worker.kv_blocks_total or math.inf for worker in workers])
         rows = [forecast_of(worker).figures() for worker in self.ids]
         self._rows = np.ascontiguousarray(np.array(rows, np.float64).T)
         # In the order of `Figures`; each follows what is written into the rows.

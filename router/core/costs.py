@@ -28,6 +28,8 @@ Amount = TypeVar("Amount", float, Column)
 
 COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s")
 LEAST_STEP_S: Final = 1e-6
+FULL: Final = 1e6
+"""More than anything else costs: to be handed to a worker whose KV cache has no room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +150,17 @@ class Found(NamedTuple):
     tpot_before_s: Column
     ttft_s: Column
     """If its prompt is computed there."""
+    missing_tokens: Column
+    """Of room for it in the KV cache; below 0 there is more than enough."""
+    full: Column
+    """Whether it has no room, and something there will make some."""
     room_s: Column
-    """See `_room_s`."""
+    """Until it has room: see `_room_s`."""
+
+    @property
+    def all_full(self) -> bool:
+        """No worker that makes tokens has room."""
+        return bool(self.full[self.columns.last].all())
 
 
 class Pricing:
@@ -202,6 +213,7 @@ class Pricing:
         queue_s, share = columns.queue_s(ask.now_s), columns.prefill_share(ask.now_s, window_s)
         left = 1 - share
         left_with_it = 1 - np.minimum(LARGEST_SHARE, share + occupies_s / window_s)
+        missing_tokens = _missing_tokens(ask, columns, cached)
         later = columns.waiting + weights.later
         if (rate_rps := arrivals.rate_rps(ask.now_s)) is not None:
             # To each of those that compute prompts; other routers get as many as this one.
@@ -210,8 +222,9 @@ class Pricing:
             later = columns.waiting + np.minimum(weights.later, coming)
         return Found(
             columns, profile, cached, later, queue_s, work_s, base_s, prefill_s, occupies_s,
-            before_s, left, left_with_it, before_s / left, queue_s + prefill_s,
-            _room_s(ask, columns, cached, running_s / left),
+            before_s, left, left_with_it, before_s / left, queue_s + prefill_s, missing_tokens,
+            (missing_tokens > 0) & (columns.decodes > 0),
+            _room_s(ask, columns, missing_tokens, running_s / left),
         )  # fmt: skip
 
     def all_busy(self, there: Found, computing: slice, promised_ttft_s: float) -> bool:
@@ -219,6 +232,16 @@ class Pricing:
         it as much: none knows what waits at the others (docs/adr/0009)."""
         enough_s = self._weights.hold * promised_ttft_s * there.columns.routers
         return bool((there.queue_s > enough_s)[computing].all())
+
+    def until_room_s(self, ask: Asked, there: Found, waiting: float) -> float:
+        """How long until some worker has room, if as many requests wait before this one: they are
+        like those that run, and spread over all."""
+        columns = there.columns
+        last = columns.last
+        each_tokens = _used_tokens(columns) / np.maximum(1.0, columns.running)
+        before_tokens = each_tokens * waiting / (last.stop - last.start)
+        wait_s = _room_s(ask, columns, there.missing_tokens + before_tokens, there.tpot_before_s)
+        return float(np.where(columns.decodes > 0, wait_s, 0.0)[last].min())
 
     def tpot_after(
         self, ask: Asked, columns: Columns, at: int, tpot_s: float, after_s: float, joined: float
@@ -250,6 +273,9 @@ class Pricing:
         # Its client waits for the second token while the prompt's state moves.
         tpot_s = tpot_s + transfer_s / ask.length_tokens
         cost += self._own(ask, tpot_s + there.room_s / ask.length_tokens)
+        if not there.all_full:
+            # A wait between the first token and the second is more than short outputs can bear.
+            cost += FULL * there.full
         none = there.columns.none
         return cost, there.cached, none, none, transfer_s, none, tpot_s
 
@@ -301,17 +327,23 @@ class Pricing:
         return cost
 
 
-def _room_s(ask: Asked, columns: Columns, cached: Column, tpot_s: Column) -> Column:
-    """How long until a KV cache has room for the request: until as many of those that decode there
-    have ended as hold what is missing, at least one. A guess, since nobody knows who ends when and
-    what of it is shared: so it is in costs alone, and nothing is predicted by it.
+def _used_tokens(columns: Columns) -> Column:
+    """Of KV caches, as reported: what requests share counts once."""
+    return columns.kv_blocks_used() * columns.block_tokens
 
-    What is there is reported, so that what requests share counts once.
-    """
-    used_tokens = columns.kv_blocks_used() * columns.block_tokens
-    room_tokens = columns.kv_blocks * columns.block_tokens - used_tokens - columns.coming_tokens
-    missing_tokens = ask.context_tokens - cached - room_tokens
+
+def _missing_tokens(ask: Asked, columns: Columns, cached: Column) -> Column:
+    kept_tokens = columns.kv_blocks * columns.block_tokens
+    room_tokens = kept_tokens - _used_tokens(columns) - columns.coming_tokens
+    # Who needs all of a cache can have no more.
+    missing_tokens: Column = np.minimum(ask.context_tokens - cached, kept_tokens) - room_tokens
+    return missing_tokens
+
+
+def _room_s(ask: Asked, columns: Columns, missing_tokens: Column, tpot_s: Column) -> Column:
+    """How long until a KV cache has so much more room: until as many of those that decode there
+    have ended as hold what is missing, at least one. A guess, since nobody knows who ends when."""
     one = 1 / np.maximum(1.0, columns.running)
-    share = np.clip(missing_tokens / np.maximum(1.0, used_tokens), one, 1.0)
+    share = np.maximum(missing_tokens / np.maximum(1.0, _used_tokens(columns)), one)
     room_s: Column = np.where(missing_tokens > 0, share * ask.others_tokens * tpot_s, 0.0)
     return room_s

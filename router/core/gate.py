@@ -11,7 +11,7 @@ Pure. Boundary: what a prediction is, placement knows; who goes before whom, the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from engine.learned_times import Factor
@@ -133,7 +133,7 @@ class Gate:
     ) -> tuple[Waiting, Expected | None]:
         """It is counted elsewhere from now on. Returns as what it waits for its turn, and what it
         was let in with."""
-        promised_s = self._promises.of_request(terms).ttft_s or math.inf
+        promised_s = self._promises.of_request(terms).ttft_s
         let_in = self._coming.pop(ticket, None) if ticket is not None else None
         if let_in is not None:
             self._coming_s -= let_in.expected.alone_ttft_s
@@ -141,9 +141,9 @@ class Gate:
         else:
             prefill_s = self._prefill_s(now_s, prompt_tokens) if self._backlog else 0.0
         due_s = self._due_s(now_s, terms)
-        # Its worker will have as much to do before it as the policy gives workers at once.
-        late_s = now_s + promised_s * (1 - self._placement.held_share)
-        waiting = Waiting(terms.tenant, due_s, late_s, prefill_s)
+        waiting = Waiting(terms.tenant, due_s, prefill_s=prefill_s)
+        if promised_s is not None:
+            waiting = replace(waiting, late_s=now_s + promised_s, promised_s=promised_s)
         return waiting, None if let_in is None else let_in.expected
 
     def learn_first_token(self, expected: Expected, terms: Terms, measured_s: float) -> None:

@@ -129,15 +129,19 @@ class JointPlacement:
         ask = self._asked(now_s, shape)
         there = self._find(ask, view, shape, prefill, decode)
         columns, pricing, kept = there.columns, self._pricing, Shortlist()
-        last = columns.decode if decode else columns.prefill
         if shape.fetchable and decode:
-            rest = self._least(Role.DECODE, columns, last, pricing.decode(ask, there), kept)
+            rests = pricing.decode(ask, there)
+            rest = self._least(Role.DECODE, columns, columns.last, rests, kept)
             self._count(ask, there, key, shape, rest, None, computed=False)
             return _decision(Reason.RESUME, shape, rest, None, kept, to_compute_tokens=0)
         best = self._best(ask, view, shape, there, kept)
         # What can't be split must not stand before others while workers of the other pool are idle.
         able = slice(None) if best.reason in NEVER_SPLIT else best.computing
-        if not shape.output_tokens and pricing.all_busy(there, able, self._slo.ttft_s):
+        if not shape.output_tokens and (
+            there.all_full or pricing.all_busy(there, able, self._slo.ttft_s)
+        ):
+            # Who waits for room comes to a worker that is idle by then.
+            self.held_share = 0.0 if there.all_full else self._weights.hold
             return None
         self._count(ask, there, key, shape, best.chosen, best.first, computed=True)
         to_compute_tokens = ask.tokens - int(there.cached[(best.first or best.chosen).at])
@@ -161,7 +165,8 @@ class JointPlacement:
         # What waits fills up the shortest queues first; those that caches made longer stay so.
         level_s = float(queues_s.sum() + routers * before.work_s) / len(queues_s)
         prefill_s = float(there.prefill_s[first.at])
-        ttft_s = max(float(there.queue_s[first.at]), level_s) + prefill_s
+        until_room_s = self._pricing.until_room_s(ask, there, routers * before.requests)
+        ttft_s = max(float(there.queue_s[first.at]), level_s, until_room_s) + prefill_s
         at, tpot_s = best.chosen.at, best.chosen.numbers[_TPOT]
         if best.first is None and there.columns.decodes[at]:
             # What was promised to those beside it counts as well: its prompt takes time from them.
@@ -175,7 +180,7 @@ class JointPlacement:
         """One worker for all of it, or two."""
         columns, pricing = there.columns, self._pricing
         has_decode = bool(view.pool.usable(Role.DECODE))
-        last = columns.decode if has_decode else columns.prefill
+        last = columns.last
         whole = self._least(Role.DECODE, columns, last, pricing.whole(ask, there), kept)
         if not has_decode:
             return _Best(Reason.DECODE_DOWN, whole, None, last)

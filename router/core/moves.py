@@ -94,7 +94,7 @@ class Moves:
             return
         for request in list(self.stranded.values()):
             self.place(now_s, request)
-        while (key := self.backlog.next(now_s)) is not None:
+        while (key := self.backlog.next(now_s, self._placement.held_share)) is not None:
             if not self.place(now_s, self.requests[key]):
                 break
         for key in self.backlog.take_put_behind():

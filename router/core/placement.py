@@ -141,7 +141,7 @@ class Placement(Protocol):
 
     held_share: float
     """Of the TTFT that is promised: as long a prompt still waits on its worker once its turn has
-    come, where prompts wait for their turns."""
+    come, by what put off the last that was put off."""
 
     def place(self, now_s: float, view: View, key: RequestKey, shape: Shape) -> Decision | None:
         """Who runs it; None if nobody can, or not yet: it will be asked again. A request that has

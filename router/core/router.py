@@ -286,9 +286,12 @@ class RouterCore:
             self.moves.counts.fenced_outputs += len(event.outputs)
             return
         if event.load is not None:
-            worker.load = event.load
-            if event.others.prompts < worker.others.prompts:
-                self.moves.look_again()  # They gave room to what waits here.
+            before, worker.load = worker.load, event.load
+            if (
+                event.others.prompts < worker.others.prompts
+                or event.load.kv_blocks_used < before.kv_blocks_used
+            ):
+                self.moves.look_again()  # There may be room for what waits here.
             worker.others = event.others
             self._placement.stepped(now_s, worker)
         take = self._outputs.take

@@ -9,8 +9,7 @@ from benchmarks import several_routers
 from benchmarks.goodput_store import Store
 from benchmarks.several_routers import CASES, Alone, Cell, cells, rows
 from engine.base import PlacedWork
-from engine.latency_model import StepTimes
-from tests.router.core.joint_bench import SLO, TIMING, Bench
+from tests.router.core.joint_bench import ALIKE, SLO, Bench
 
 GIVEN = Namespace(engines=8, seeds=2, requests=200)
 
@@ -34,6 +33,6 @@ def test_alone_hears_nothing_of_others() -> None:
     bench = Bench("d1")
     (worker,) = bench.pool
     worker.others = PlacedWork(prompts=1, prompt_tokens=50_000)
-    policy = Alone(lambda n: 0, StepTimes(TIMING), 8192, SLO)
+    policy = Alone(lambda n: 0, ALIKE, SLO)
     policy.stepped(bench.now_s, worker)
     assert policy.forecasts == {}

@@ -6,8 +6,7 @@ from random import Random
 from typing import Any
 
 from engine.base import EngineLoad
-from engine.latency_model import StepTimes
-from engine.spec import SimulatedTiming
+from engine.spec import EngineTimes, PoolTimes, SimulatedTiming
 from kvstore.index import KvIndex
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Incarnation, RequestKey, WorkerId
@@ -29,7 +28,8 @@ MAX_STEP_TOKENS = 100
 
 
 def setup(seed: int = 0, timing: SimulatedTiming = TIMING, **knobs: float) -> Setup:
-    return Setup(Random(seed), StepTimes(timing), MAX_STEP_TOKENS, 256, knobs)
+    engine = EngineTimes(timing, MAX_STEP_TOKENS)
+    return Setup(Random(seed), PoolTimes(engine, engine), 256, knobs)
 
 
 def key(name: str) -> RequestKey:

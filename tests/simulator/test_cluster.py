@@ -22,7 +22,7 @@ from router.core.placement import Placement
 from simulator import workloads
 from simulator.baselines import BASELINES, Setup
 from simulator.cluster import Cluster, Layout
-from simulator.experiment import POLICIES, run, setup_of
+from simulator.experiment import POLICIES, engines_of, run, setup_of
 from simulator.traces import TracedRequest
 
 PROFILE = PROFILES["llama-3.1-8b-h100"]
@@ -32,7 +32,7 @@ LAYOUTS = [Layout(PROFILE, 0, 2), Layout(PROFILE, 1, 1), Layout(PROFILE, 2, 2, b
 
 def unaware() -> Placement:
     """Sees nothing of the load, which is reported less often where steps are taken at once."""
-    setup = Setup(Random(1), StepTimes(PROFILE.timing(512)), 8192, 1024)
+    setup = Setup(Random(1), engines_of(LAYOUTS[0]), 1024)
     return BASELINES["round_robin"](setup)
 
 
@@ -165,7 +165,7 @@ def test_a_prefix_is_fetched_from_the_worker_that_has_it() -> None:
     asked = TracedRequest(0.0, tokens, 2, tuple(range(20)))
     # The first of equals has the prefix, and then much else to do.
     busy = TracedRequest(60.0, 40_000, 2)
-    setup = Setup(Random(1), StepTimes(PROFILE.timing(512)), 8192, 1024)
+    setup = Setup(Random(1), engines_of(LAYOUTS[0]), 1024)
     ends: dict[str, Ended] = {}
     cluster = Cluster(
         layout, [BASELINES["mooncake"](setup)], lambda end: ends.update({end.key: end})
@@ -178,7 +178,7 @@ def test_a_prefix_is_fetched_from_the_worker_that_has_it() -> None:
     assert (lender.cached_tokens, fetcher.cached_tokens) == (0, tokens - 1)
     work = StepWork()
     work.add_decode(tokens - 1)  # One token after all others costs what a decode does.
-    waited_s = setup.times.transfer_s(20) + setup.times.step_s(work)
+    waited_s = setup.prefill_times.transfer_s(20) + setup.prefill_times.step_s(work)
     ttft_s = ends["0:2"].time_to_first_token_s
     assert ttft_s == pytest.approx(2 * layout.link_s + waited_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -32,3 +33,15 @@ def test_few_of_those_that_are_let_in_are_late(layout: Layout) -> None:
     peer = overloaded(layout, "least_loaded").measured
     assert peer.refused == 0
     assert measured.good > 1.5 * peer.good
+
+
+def test_what_decode_workers_have_no_room_for_waits_before_its_first_token() -> None:
+    """A split that does not fit: prompts are computed sooner than caches have room for them. Then
+    short outputs can't bear to wait for their second token."""
+    wish = workloads.Wish(40.0, 600.0, 3)
+    prompts = islice(workloads.SYNTHETIC["poisson"](wish), 3000)
+    small = replace(PROFILE, kv_tokens_reported=100_000)
+    measured = run(Layout(small, 3, 1), "baton", Slo(4.0, 0.05), prompts, seed=1).measured
+    # Handed over all the same, 4.4 % of those let in were late, and 74 % of all in time.
+    assert measured.late < 0.02
+    assert measured.good > 0.77 * measured.requests

@@ -34,14 +34,20 @@ class Bench:
 
     def __init__(
         self, *names: str, slo: Slo = SLO, tie: int = 0, hold: float = math.inf,
-        engines: PoolTimes = ALIKE,
+        engines: PoolTimes = ALIKE, kv_blocks: int = 3000,
     ) -> None:  # fmt: skip
         self.pool = WorkerPool()
         for name in names:
             role = Role.PREFILL if name[0] == "p" else Role.DECODE
             self.pool.attach(
                 WorkerUp(
-                    WorkerId(name), Incarnation(1), role, ENGINE_TAG, BLOCK_TOKENS, 3000, 131_072
+                    WorkerId(name),
+                    Incarnation(1),
+                    role,
+                    ENGINE_TAG,
+                    BLOCK_TOKENS,
+                    kv_blocks,
+                    131_072,
                 )
             )
         self.index = KvIndex(100_000)

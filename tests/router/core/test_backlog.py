@@ -50,14 +50,21 @@ def test_who_left_is_not_asked_again() -> None:
 
 def test_who_is_too_late_lets_others_be_in_time_but_not_forever() -> None:
     backlog = Backlog()
-    backlog.add(key("late"), Waiting("", 1.0, late_s=1.0, prefill_s=0.5))
-    backlog.add(key("soon"), Waiting("", 5.0, late_s=5.0, prefill_s=0.5))
-    assert backlog.next(0.4) == key("late")
+    backlog.add(key("late"), Waiting("", 1.0, late_s=1.0, promised_s=1.0, prefill_s=0.5))
+    backlog.add(key("soon"), Waiting("", 5.0, late_s=5.0, promised_s=5.0, prefill_s=0.5))
+    assert backlog.next(0.4) == backlog.next(0.3, held_share=0.15) == key("late")
     assert backlog.next(0.6) == key("soon")
     assert backlog.next(0.4) == key("soon"), "it was put behind"
     assert (backlog.take_put_behind(), backlog.take_put_behind()) == ([key("late")], [])
     backlog.add(key("far"), Waiting("", 1.0 + BEHIND_S + 1, late_s=math.inf))
     assert drain(backlog, 0.6) == ["soon", "late", "far"]
+
+
+def test_what_its_worker_has_before_it_counts() -> None:
+    backlog = Backlog()
+    backlog.add(key("late"), Waiting("", 1.0, late_s=1.0, promised_s=1.0, prefill_s=0.5))
+    backlog.add(key("soon"), Waiting("", 5.0, late_s=5.0, promised_s=5.0, prefill_s=0.5))
+    assert backlog.next(0.4, held_share=0.15) == key("soon")
 
 
 def test_what_nobody_promised_is_never_late() -> None:

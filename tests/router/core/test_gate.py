@@ -180,7 +180,7 @@ def test_what_was_let_in_counts_until_it_arrives() -> None:
     assert expected is not None
     assert expected.alone_ttft_s == 0.45
     # Twice as long as its body made believe.
-    assert waits == Waiting("", 2.0, 2.0, 0.9)
+    assert waits == Waiting("", 2.0, 2.0, 0.9, 2.0)
     assert bench.ask() is None
     bench.now_s = ARRIVES_WITHIN_S
     bench.ask()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.base import EngineLoad
+from engine.base import EngineLoad, PlacedWork
 from protos.ids import RequestKey, WorkerId
 from router.core.costs import Slo
 from router.core.events import Shape
@@ -137,6 +137,47 @@ def test_what_another_computed_goes_where_there_is_room() -> None:
         bench.ended(number, 256)
     assert Reason.SPLIT_COSTS_LESS in {each.reason for each in decisions}
     assert {each.worker for each in decisions} == {"d2"}
+
+
+def crowded(bench: Bench, *names: str) -> None:
+    """One request decodes there, and all of the cache is used."""
+    for name in names:
+        worker = bench.pool.get(WorkerId(name))
+        assert worker is not None
+        worker.others = PlacedWork(decodes=1, context_tokens=380_000)
+        bench.policy.stepped(bench.now_s, worker)
+        worker.load = EngineLoad(running=1, kv_blocks_used=3000, kv_blocks_total=3000)
+
+
+def test_nothing_is_handed_to_a_worker_without_room_while_another_has_some() -> None:
+    """Not even what is cached there."""
+    bench = Bench("p1", "d1", "d2", slo=Slo(ttft_s=8.0, tpot_s=0.03))
+    crowded(bench, "d1")
+    bench.index.store("d1", addresses(1, 12_800))
+    decision = bench.place(tokens=25_600, prefix=1)
+    assert (decision.reason, decision.worker) == (Reason.SPLIT_COSTS_LESS, "d2")
+
+
+def test_where_no_cache_has_room_requests_wait_until_one_does() -> None:
+    bench = Bench("p1", "d1", "d2", hold=0.15)
+    crowded(bench, "d1", "d2")
+    shape = Shape(1280, None)
+    assert bench.policy.place(bench.now_s, bench.view, bench.key(1), shape) is None
+    assert bench.policy.held_share == 0.0, "who waits comes to idle workers then"
+    resumed = Shape(1280, None, output_tokens=3)
+    assert bench.policy.place(bench.now_s, bench.view, bench.key(2), resumed) is not None
+    worker = bench.pool.get(WorkerId("d2"))
+    assert worker is not None
+    worker.load = EngineLoad(running=1, kv_blocks_used=2900, kv_blocks_total=3000)
+    decision = bench.policy.place(bench.now_s, bench.view, bench.key(1), shape)
+    assert decision is not None
+    assert decision.worker == "d2"
+
+
+def test_who_needs_more_than_a_cache_holds_waits_only_for_what_is_there() -> None:
+    """Outputs are expected to be long; the prompt fits."""
+    bench = Bench("d1", kv_blocks=12)
+    assert bench.place(tokens=1500).worker == "d1"
 
 
 @pytest.mark.parametrize(

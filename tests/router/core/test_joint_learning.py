@@ -37,7 +37,7 @@ def test_lengths_are_learned_from_whole_outputs() -> None:
 @pytest.mark.parametrize("at_once", [1, 30, 200])
 def test_the_learned_factor_is_that_of_the_engine(true: float, at_once: int) -> None:
     """However many prompts were placed before the first of them told anything."""
-    bench = Bench("d1")
+    bench = Bench("d1", kv_blocks=30_000)
     for prefix in range(at_once):
         bench.place(tokens=12_800, prefix=prefix)
     work_s = 12_800 * (20e-6 + 6400 * 1e-9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.base import PlacedWork
+from engine.base import EngineLoad, PlacedWork
 from engine.spec import EngineTimes, PoolTimes, SimulatedTiming
 from protos.ids import WorkerId
 from router.core.backlog import Before
@@ -90,6 +90,28 @@ def test_what_waits_is_expected_to_go_first() -> None:
     assert behind.ttft_s == pytest.approx(alone.ttft_s + 1.5)
     each_s = 13e-6 + (1280 + 128) * 43e-9
     assert behind.tpot_s - alone.tpot_s == pytest.approx(2 * each_s, rel=0.05)
+
+
+def test_where_no_cache_has_room_that_is_waited_for() -> None:
+    """Within the time that an output takes all that run are over, each in its turn."""
+    bench = Bench("d1", "d2")
+    for name in ("d1", "d2"):
+        worker = bench.pool.get(WorkerId(name))
+        assert worker is not None
+        worker.others = PlacedWork(
+            decodes=100, context_tokens=380_000, running=100, running_context_tokens=380_000
+        )
+        bench.policy.stepped(bench.now_s, worker)
+        worker.load = EngineLoad(running=100, kv_blocks_used=3000, kv_blocks_total=3000)
+    output_s = expected(bench, 1280).tpot_s * 256
+    alone = expected(bench, 1280)
+    waits_s = alone.ttft_s - alone.alone_ttft_s
+    assert waits_s == pytest.approx(output_s / 100, rel=0.1)
+    behind = expected(bench, 1280, Before(requests=100))
+    # As many leave each of the two as half of those that wait.
+    assert behind.ttft_s - alone.ttft_s == pytest.approx(output_s / 2, rel=0.1)
+    worker.load = EngineLoad(running=100, kv_blocks_used=2500, kv_blocks_total=3000)
+    assert expected(bench, 1280).ttft_s == pytest.approx(alone.alone_ttft_s, rel=0.01)
 
 
 def test_of_those_that_decode_some_will_have_ended() -> None:

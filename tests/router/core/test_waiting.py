@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from engine.base import EngineLoad
 from protos.ids import RequestKey, TicketId
 from router.core.backlog import OUTPUT_WEIGHT, Before
 from router.core.events import (
@@ -125,6 +126,20 @@ def test_an_end_or_an_abort_lets_the_next_go() -> None:
     assert submitted(bench.leave("b")) == ["c"]
     assert bench.leave("c")
     assert not bench.core.moves.backlog
+
+
+def test_a_report_of_room_lets_the_next_go() -> None:
+    """The policy may have put it off for that alone: no prompt, and no output, has to end."""
+    bench = Bench()
+    bench.up("d")
+    bench.step("d", load=EngineLoad(running=2, kv_blocks_used=10, kv_blocks_total=10))
+    bench.come("a")
+    bench.come("b")
+    bench.policy.computing = None
+    same = EngineLoad(running=2, kv_blocks_used=10, kv_blocks_total=10)
+    assert submitted(bench.step("d", load=same)) == []
+    fewer = EngineLoad(running=1, kv_blocks_used=5, kv_blocks_total=10)
+    assert submitted(bench.step("d", load=fewer)) == ["b"]
 
 
 def test_one_that_would_be_late_on_its_worker_lets_others_go_and_the_gate_knows_at_once() -> None:
