@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -57,7 +57,15 @@ def times(config: Config, model: Path, accelerators: Collection[str]) -> PoolTim
             timing = _estimated(config, role, model, device)
         return EngineTimes(timing, step_tokens)
 
-    return PoolTimes(engine("prefill"), engine("decode"))
+    prefill, decode = engine("prefill"), engine("decode")
+    # A transfer is as fast as the slower of its ends.
+    block_s = max(each.timing.transfer_block_s for each in (prefill, decode))
+    return PoolTimes(
+        *(
+            replace(each, timing=replace(each.timing, transfer_block_s=block_s))
+            for each in (prefill, decode)
+        )
+    )
 
 
 def _configured(config: Config, role: Role) -> SimulatedTiming | None:

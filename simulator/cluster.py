@@ -73,8 +73,12 @@ class Layout:
     """Of the prefill pool, if its engines are others."""
 
     def profile_of(self, role: Role) -> EngineProfile:
-        """Of a pool's engines."""
-        return (self.prefill_profile or self.profile) if role is Role.PREFILL else self.profile
+        """Of a pool's engines. A transfer is as fast as the slower of its ends."""
+        if (other := self.prefill_profile) is None:
+            return self.profile
+        own = other if role is Role.PREFILL else self.profile
+        link_bytes_s = min(each.gpus * each.link_bytes_s for each in (other, self.profile))
+        return replace(own, link_bytes_s=link_bytes_s / own.gpus)
 
     @property
     def gpus(self) -> int:

@@ -115,6 +115,11 @@ class Kind:
         """Both pools' engines are the same."""
         return self.prefill == self.decode
 
+    @property
+    def least_gpus(self) -> int:
+        """Of any of its layouts."""
+        return self.unit_gpus if self.is_alike else self.prefill.gpus + self.decode.gpus
+
     def splits(self, units: int) -> list[Layout]:
         """Of just so many GPUs, those with the fewest prefill engines first."""
         gpus, own = units * self.unit_gpus, None if self.is_alike else self.prefill

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.profiles import PROFILES, EngineProfile
+from protos.errors import ConfigError
 from router.core.events import Role
 from simulator.cluster import Layout
 from simulator.measure import Latencies
@@ -26,7 +27,13 @@ def search(question: Question, reaching: Reaching, study: Study) -> Plan:
         outcome = study.run(layout, misses_allowed=allowed, runs_after=runs_after)
         return Trial(layout, goal, outcome)
 
-    return plan(kinds(*reaching), question.gpus, serve)
+    fitting = [kind for kind in kinds(*reaching) if kind.least_gpus <= question.gpus]
+    if not fitting:
+        raise ConfigError(
+            f"--gpus {question.gpus} is too few for engines that could meet --slo {question.slo} "
+            "even alone; raise it, or loosen --slo"
+        )
+    return plan(fitting, question.gpus, serve)
 
 
 def show(

@@ -28,6 +28,9 @@ Amount = TypeVar("Amount", float, Column)
 
 COMPARED: Final = ("cached_tokens", "queue_s", "prefill_s", "transfer_s", "ttft_s", "tpot_s")
 LEAST_STEP_S: Final = 1e-6
+LEAST_TOKEN_S: Final = 1e-9
+LARGE: Final = 4.0
+"""Who needs more room than so many of those that run waits for no more than that."""
 FULL: Final = 1e6
 """More than anything else costs: to be handed to a worker whose KV cache has no room."""
 
@@ -153,7 +156,9 @@ class Found(NamedTuple):
     missing_tokens: Column
     """Of room for it in the KV cache; below 0 there is more than enough."""
     full: Column
-    """Whether it has no room, and something there will make some."""
+    """Whether it has no room, neither for it nor for `LARGE` of those that run there, and something
+    there will make some. So one that needs much more than others does not keep them waiting until
+    a worker is as good as empty."""
     room_s: Column
     """Until it has room: see `_room_s`."""
 
@@ -213,7 +218,8 @@ class Pricing:
         queue_s, share = columns.queue_s(ask.now_s), columns.prefill_share(ask.now_s, window_s)
         left = 1 - share
         left_with_it = 1 - np.minimum(LARGEST_SHARE, share + occupies_s / window_s)
-        missing_tokens = _missing_tokens(ask, columns, cached)
+        missing_tokens = _missing_tokens(columns, ask.context_tokens - cached)
+        most_tokens = _missing_tokens(columns, LARGE * _each_tokens(columns))
         later = columns.waiting + weights.later
         if (rate_rps := arrivals.rate_rps(ask.now_s)) is not None:
             # To each of those that compute prompts; other routers get as many as this one.
@@ -223,7 +229,7 @@ class Pricing:
         return Found(
             columns, profile, cached, later, queue_s, work_s, base_s, prefill_s, occupies_s,
             before_s, left, left_with_it, before_s / left, queue_s + prefill_s, missing_tokens,
-            (missing_tokens > 0) & (columns.decodes > 0),
+            (np.minimum(missing_tokens, most_tokens) > 0) & (columns.decodes > 0),
             _room_s(ask, columns, missing_tokens, running_s / left),
         )  # fmt: skip
 
@@ -233,14 +239,20 @@ class Pricing:
         enough_s = self._weights.hold * promised_ttft_s * there.columns.routers
         return bool((there.queue_s > enough_s)[computing].all())
 
-    def until_room_s(self, ask: Asked, there: Found, waiting: float) -> float:
-        """How long until some worker has room, if as many requests wait before this one: they are
-        like those that run, and spread over all."""
+    def until_room_s(
+        self, ask: Asked, there: Found, before_work_s: float, before_requests: float
+    ) -> float:
+        """How long until some worker has room, behind what waits. That is spread over all, and
+        needs room for what is computed of its prompts and for outputs; and each of it for as much
+        as this request or one of those that are there, whichever is less."""
         columns = there.columns
-        last = columns.last
-        each_tokens = _used_tokens(columns) / np.maximum(1.0, columns.running)
-        before_tokens = each_tokens * waiting / (last.stop - last.start)
-        wait_s = _room_s(ask, columns, there.missing_tokens + before_tokens, there.tpot_before_s)
+        last, computing = columns.last, self._profiles[columns.role(0)]
+        token_s = max(LEAST_TOKEN_S, self._learned.prefill.value * computing.prefill_token_s)
+        computed_tokens = before_work_s / token_s + before_requests * ask.others_tokens / 2
+        each_tokens = np.minimum(ask.context_tokens, _each_tokens(columns))
+        before_tokens = np.maximum(computed_tokens, before_requests * each_tokens)
+        missing_tokens = there.missing_tokens + before_tokens / (last.stop - last.start)
+        wait_s = _room_s(ask, columns, missing_tokens, there.tpot_before_s)
         return float(np.where(columns.decodes > 0, wait_s, 0.0)[last].min())
 
     def tpot_after(
@@ -327,23 +339,39 @@ class Pricing:
         return cost
 
 
+def _taken_tokens(columns: Columns) -> Column:
+    """Of KV caches: what is used, as reported, where what requests share counts once; and what will
+    be by those that come."""
+    taken_tokens: Column = _used_tokens(columns) + columns.coming_tokens
+    return taken_tokens
+
+
 def _used_tokens(columns: Columns) -> Column:
-    """Of KV caches, as reported: what requests share counts once."""
-    return columns.kv_blocks_used() * columns.block_tokens
+    used_tokens: Column = columns.kv_blocks_used() * columns.block_tokens
+    return used_tokens
 
 
-def _missing_tokens(ask: Asked, columns: Columns, cached: Column) -> Column:
+def _missing_tokens(columns: Columns, needed_tokens: Column) -> Column:
+    """Of so much room; below 0 there is more than enough."""
     kept_tokens = columns.kv_blocks * columns.block_tokens
-    room_tokens = kept_tokens - _used_tokens(columns) - columns.coming_tokens
     # Who needs all of a cache can have no more.
-    missing_tokens: Column = np.minimum(ask.context_tokens - cached, kept_tokens) - room_tokens
+    missing_tokens: Column = np.minimum(needed_tokens, kept_tokens) - (
+        kept_tokens - _taken_tokens(columns)
+    )
     return missing_tokens
+
+
+def _each_tokens(columns: Columns) -> Column:
+    """What one of those that are there takes."""
+    each_tokens: Column = _taken_tokens(columns) / np.maximum(1.0, columns.decodes)
+    return each_tokens
 
 
 def _room_s(ask: Asked, columns: Columns, missing_tokens: Column, tpot_s: Column) -> Column:
     """How long until a KV cache has so much more room: until as many of those that decode there
     have ended as hold what is missing, at least one. A guess, since nobody knows who ends when."""
     one = 1 / np.maximum(1.0, columns.running)
-    share = np.maximum(missing_tokens / np.maximum(1.0, _used_tokens(columns)), one)
+    ending_tokens = np.maximum(_used_tokens(columns), columns.coming_tokens)
+    share = np.maximum(missing_tokens / np.maximum(1.0, ending_tokens), one)
     room_s: Column = np.where(missing_tokens > 0, share * ask.others_tokens * tpot_s, 0.0)
     return room_s

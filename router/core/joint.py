@@ -165,7 +165,9 @@ class JointPlacement:
         # What waits fills up the shortest queues first; those that caches made longer stay so.
         level_s = float(queues_s.sum() + routers * before.work_s) / len(queues_s)
         prefill_s = float(there.prefill_s[first.at])
-        until_room_s = self._pricing.until_room_s(ask, there, routers * before.requests)
+        until_room_s = self._pricing.until_room_s(
+            ask, there, routers * before.work_s, routers * before.requests
+        )
         ttft_s = max(float(there.queue_s[first.at]), level_s, until_room_s) + prefill_s
         at, tpot_s = best.chosen.at, best.chosen.numbers[_TPOT]
         if best.first is None and there.columns.decodes[at]:

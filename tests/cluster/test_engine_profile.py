@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,8 @@ def test_pools_may_run_on_more_or_fewer_gpus(tmp_path: Path) -> None:
     four = times(tmp_path, prefill={"engine_args": {"tensor_parallel_size": 4}})
     assert one.prefill == one.decode == four.decode
     assert four.prefill.timing.prefill_token_s == one.prefill.timing.prefill_token_s / 4
+    # A transfer is as fast as the slower of its ends.
+    assert four.prefill.timing.transfer_block_s == one.prefill.timing.transfer_block_s
 
 
 def test_a_pools_own_profile_goes_before(tmp_path: Path) -> None:
@@ -176,7 +178,8 @@ def test_a_pools_own_profile_goes_before(tmp_path: Path) -> None:
         prefill={"engine_profile": "llama-3.1-70b-h100x8"},
         engine_args={"block_size": 16},
     )
-    assert found.prefill.timing == PROFILES["llama-3.1-70b-h100x8"].timing(16)
+    own = PROFILES["llama-3.1-70b-h100x8"].timing(16)
+    assert replace(found.prefill.timing, transfer_block_s=own.transfer_block_s) == own
     assert found.decode.timing == PROFILES["llama-3.1-70b-h100x4"].timing(16)
 
 

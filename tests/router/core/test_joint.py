@@ -174,6 +174,21 @@ def test_where_no_cache_has_room_requests_wait_until_one_does() -> None:
     assert decision.worker == "d2"
 
 
+def test_who_needs_much_more_than_others_does_not_wait_for_all_of_it() -> None:
+    """All others would wait with it until a worker is as good as empty."""
+    bench = Bench("p1", "d1")
+    (_, worker) = bench.pool
+    worker.others = PlacedWork(
+        decodes=200, context_tokens=256_000, running=200, running_context_tokens=256_000
+    )
+    bench.policy.stepped(bench.now_s, worker)
+    worker.load = EngineLoad(running=200, kv_blocks_used=2000, kv_blocks_total=3000)
+    assert bench.place(tokens=131_000 // 128 * 128).worker == "d1"
+    # It has taken the room: now others wait.
+    shape = Shape(1280, None)
+    assert bench.policy.place(bench.now_s, bench.view, bench.key(2), shape) is None
+
+
 def test_who_needs_more_than_a_cache_holds_waits_only_for_what_is_there() -> None:
     """Outputs are expected to be long; the prompt fits."""
     bench = Bench("d1", kv_blocks=12)

@@ -103,15 +103,31 @@ def test_where_no_cache_has_room_that_is_waited_for() -> None:
         )
         bench.policy.stepped(bench.now_s, worker)
         worker.load = EngineLoad(running=100, kv_blocks_used=3000, kv_blocks_total=3000)
-    output_s = expected(bench, 1280).tpot_s * 256
-    alone = expected(bench, 1280)
+    tokens = 3840 - 128  # With half of its output, as much as each of those takes.
+    output_s = expected(bench, tokens).tpot_s * 256
+    alone = expected(bench, tokens)
     waits_s = alone.ttft_s - alone.alone_ttft_s
     assert waits_s == pytest.approx(output_s / 100, rel=0.1)
-    behind = expected(bench, 1280, Before(requests=100))
+    behind = expected(bench, tokens, Before(requests=100))
     # As many leave each of the two as half of those that wait.
     assert behind.ttft_s - alone.ttft_s == pytest.approx(output_s / 2, rel=0.1)
+    short = expected(bench, 128, Before(work_s=100 * 128 * 20e-6, requests=100))
+    assert short.ttft_s < alone.ttft_s + output_s / 10, "they are like it"
     worker.load = EngineLoad(running=100, kv_blocks_used=2500, kv_blocks_total=3000)
-    assert expected(bench, 1280).ttft_s == pytest.approx(alone.alone_ttft_s, rel=0.01)
+    assert expected(bench, tokens).ttft_s == pytest.approx(alone.alone_ttft_s, rel=0.01)
+
+
+def test_a_few_long_ones_do_not_make_many_short_ones_wait() -> None:
+    bench = Bench("p1", "d1")
+    worker = bench.pool.get(WorkerId("d1"))
+    assert worker is not None
+    worker.others = PlacedWork(
+        decodes=1, context_tokens=100_000, running=1, running_context_tokens=100_000
+    )
+    bench.policy.stepped(bench.now_s, worker)
+    worker.load = EngineLoad(running=1, kv_blocks_used=782, kv_blocks_total=3000)
+    found = expected(bench, 512, Before(work_s=12 * 0.016, requests=12))
+    assert found.ttft_s < 0.3
 
 
 def test_of_those_that_decode_some_will_have_ended() -> None:
