@@ -161,6 +161,8 @@ class Found(NamedTuple):
     a worker is as good as empty."""
     room_s: Column
     """Until it has room: see `_room_s`."""
+    used_tokens: Column
+    """Of its KV cache, as reported: what requests share counts once."""
 
     @property
     def all_full(self) -> bool:
@@ -218,8 +220,10 @@ class Pricing:
         queue_s, share = columns.queue_s(ask.now_s), columns.prefill_share(ask.now_s, window_s)
         left = 1 - share
         left_with_it = 1 - np.minimum(LARGEST_SHARE, share + occupies_s / window_s)
-        missing_tokens = _missing_tokens(columns, ask.context_tokens - cached)
-        most_tokens = _missing_tokens(columns, LARGE * _each_tokens(columns))
+        used_tokens = columns.kv_blocks_used() * columns.block_tokens
+        missing_tokens = _missing_tokens(columns, used_tokens, ask.context_tokens - cached)
+        each_tokens = _each_tokens(columns, used_tokens)
+        most_tokens = _missing_tokens(columns, used_tokens, LARGE * each_tokens)
         later = columns.waiting + weights.later
         if (rate_rps := arrivals.rate_rps(ask.now_s)) is not None:
             # To each of those that compute prompts; other routers get as many as this one.
@@ -230,7 +234,7 @@ class Pricing:
             columns, profile, cached, later, queue_s, work_s, base_s, prefill_s, occupies_s,
             before_s, left, left_with_it, before_s / left, queue_s + prefill_s, missing_tokens,
             (np.minimum(missing_tokens, most_tokens) > 0) & (columns.decodes > 0),
-            _room_s(ask, columns, missing_tokens, running_s / left),
+            _room_s(ask, columns, used_tokens, missing_tokens, running_s / left), used_tokens,
         )  # fmt: skip
 
     def all_busy(self, there: Found, computing: slice, promised_ttft_s: float) -> bool:
@@ -249,10 +253,10 @@ class Pricing:
         last, computing = columns.last, self._profiles[columns.role(0)]
         token_s = max(LEAST_TOKEN_S, self._learned.prefill.value * computing.prefill_token_s)
         computed_tokens = before_work_s / token_s + before_requests * ask.others_tokens / 2
-        each_tokens = np.minimum(ask.context_tokens, _each_tokens(columns))
+        each_tokens = np.minimum(ask.context_tokens, _each_tokens(columns, there.used_tokens))
         before_tokens = np.maximum(computed_tokens, before_requests * each_tokens)
         missing_tokens = there.missing_tokens + before_tokens / (last.stop - last.start)
-        wait_s = _room_s(ask, columns, missing_tokens, there.tpot_before_s)
+        wait_s = _room_s(ask, columns, there.used_tokens, missing_tokens, there.tpot_before_s)
         return float(np.where(columns.decodes > 0, wait_s, 0.0)[last].min())
 
     def tpot_after(
@@ -339,39 +343,30 @@ class Pricing:
         return cost
 
 
-def _taken_tokens(columns: Columns) -> Column:
-    """Of KV caches: what is used, as reported, where what requests share counts once; and what will
-    be by those that come."""
-    taken_tokens: Column = _used_tokens(columns) + columns.coming_tokens
-    return taken_tokens
-
-
-def _used_tokens(columns: Columns) -> Column:
-    used_tokens: Column = columns.kv_blocks_used() * columns.block_tokens
-    return used_tokens
-
-
-def _missing_tokens(columns: Columns, needed_tokens: Column) -> Column:
-    """Of so much room; below 0 there is more than enough."""
+def _missing_tokens(columns: Columns, used_tokens: Column, needed_tokens: Column) -> Column:
+    """Of so much room, beside what is used and what will be by those that come; below 0 there is
+    more than enough."""
     kept_tokens = columns.kv_blocks * columns.block_tokens
+    room_tokens = kept_tokens - used_tokens - columns.coming_tokens
     # Who needs all of a cache can have no more.
-    missing_tokens: Column = np.minimum(needed_tokens, kept_tokens) - (
-        kept_tokens - _taken_tokens(columns)
-    )
+    missing_tokens: Column = np.minimum(needed_tokens, kept_tokens) - room_tokens
     return missing_tokens
 
 
-def _each_tokens(columns: Columns) -> Column:
-    """What one of those that are there takes."""
-    each_tokens: Column = _taken_tokens(columns) / np.maximum(1.0, columns.decodes)
+def _each_tokens(columns: Columns, used_tokens: Column) -> Column:
+    """What one of those that are there takes, or will."""
+    taken_tokens = used_tokens + columns.coming_tokens
+    each_tokens: Column = taken_tokens / np.maximum(1.0, columns.decodes)
     return each_tokens
 
 
-def _room_s(ask: Asked, columns: Columns, missing_tokens: Column, tpot_s: Column) -> Column:
+def _room_s(
+    ask: Asked, columns: Columns, used_tokens: Column, missing_tokens: Column, tpot_s: Column
+) -> Column:
     """How long until a KV cache has so much more room: until as many of those that decode there
     have ended as hold what is missing, at least one. A guess, since nobody knows who ends when."""
     one = 1 / np.maximum(1.0, columns.running)
-    ending_tokens = np.maximum(_used_tokens(columns), columns.coming_tokens)
+    ending_tokens = np.maximum(used_tokens, columns.coming_tokens)
     share = np.maximum(missing_tokens / np.maximum(1.0, ending_tokens), one)
     room_s: Column = np.where(missing_tokens > 0, share * ask.others_tokens * tpot_s, 0.0)
     return room_s
