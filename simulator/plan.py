@@ -16,8 +16,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from operator import attrgetter
-from typing import Final
 
 from engine.profiles import EngineProfile
 from simulator.cluster import Layout
@@ -147,10 +145,12 @@ def kinds(prefill: Sequence[EngineProfile], decode: Sequence[EngineProfile]) -> 
         product(prefill, decode),
         key=lambda pair: (pair[0] != pair[1], pair[0].gpus, pair[1].gpus),
     )
-    return [Kind(*pair) for pair in pairs if not max(map(_gpus, pair)) % min(map(_gpus, pair))]
+    return [Kind(*pair) for pair in pairs if _divides(pair[0].gpus, pair[1].gpus)]
 
 
-_gpus: Final = attrgetter("gpus")
+def _divides(first: int, second: int) -> bool:
+    """One of them, no matter which, divides the other."""
+    return max(first, second) % min(first, second) == 0
 
 
 def plan(tried: Sequence[Kind], gpus: int, serve: Serve) -> Plan:

@@ -8,6 +8,7 @@ import re
 import shlex
 import xml.etree.ElementTree
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from engine.profiles import PROFILES
 from simulator.question import read_slo
 
 RUNNER = CliRunner()
@@ -205,6 +207,20 @@ def test_a_plan_leaves_out_engines_on_which_nothing_could_be_in_time() -> None:
     assert "TENSOR_PARALLEL_SIZE=8 baton serve --prefill 0 --decode 1" in told
 
 
+def test_a_plan_for_fewer_gpus_than_the_only_engines_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts are in time on 2 GPUs only, tokens on 1 only."""
+    one = PROFILES["llama-3.1-8b-h100"]
+    two = replace(
+        one, gpus=2, step_base_s=1.1 * one.step_base_s, prefill_token_s=one.prefill_token_s / 10
+    )
+    monkeypatch.setitem(PROFILES, "llama-3.1-8b-h100x2", two)
+    code, told = typed(*PLAN, "--gpus", "2", "--slo", "7.5ms,6.5ms")
+    assert code == 2, told
+    assert "--gpus 2 is too few for engines that could meet --slo 7.5ms,6.5ms even alone" in told
+
+
 OTHER = ("poisson", "--rate", "1", "--gpus", "16", "--model", "llama-3.1-70b-h100x8",
          "--prefill-model")  # fmt: skip
 
@@ -245,7 +261,7 @@ OTHER = ("poisson", "--rate", "1", "--gpus", "16", "--model", "llama-3.1-70b-h10
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], words: str) -> None:
     code, told = typed(*arguments)
-    assert code == 2
+    assert code == 2, told
     assert words in told
     assert len(told.splitlines()) == 1
 
@@ -276,7 +292,7 @@ def test_one_moment_has_no_rate(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"timestamp": 7, "input_length": 9, "output_length": 1}')
     code, told = typed(str(path), "--rate", "5")
-    assert code == 2
+    assert code == 2, told
     assert "all arrive at once" in told
 
 
@@ -291,5 +307,5 @@ def test_several_routers(trace: Path) -> None:
     assert "3 routers before them" in " ".join(told.split())
     assert "300 in 30 s" in told
     code, told = typed(str(trace), "--routers", "0")
-    assert code == 2
+    assert code == 2, told
     assert "--routers" in told
