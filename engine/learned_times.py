@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 WEIGHT: Final = 0.05
-"""Of the newest observation, once there have been some."""
+"""Of the newest observation, once there have been some, unless a factor is told another."""
 PROFILE_WEIGHT: Final = 0.25
 """What the profile counts for, against observations that say all: so little that a wrong one is
 left behind at once, and enough that one which says little does not replace it."""
@@ -40,6 +40,8 @@ class Factor:
     log_variance: float = FIRST_SPREAD * FIRST_SPREAD
     _weight: float = PROFILE_WEIGHT
     """Of all that was seen, the older the less."""
+    newest: float = WEIGHT
+    """What the newest observation weighs, once there have been some."""
 
     @property
     def value(self) -> float:
@@ -61,21 +63,25 @@ class Factor:
         """E[x^2] over the square of the median: see the module."""
         return math.exp(2 * min(self.log_variance, LARGEST_VARIANCE))
 
-    def observe(self, measured_s: float, predicted_s: float, weight: float = 1.0) -> None:
+    def observe(
+        self, measured_s: float, predicted_s: float, weight: float = 1.0, used: float | None = None
+    ) -> None:
         """Take one pair in; both above 0, else it says nothing. It counts by its weight, from 0 to
-        1: how much of what was measured is what was predicted."""
+        1: how much of what was measured is what was predicted. `used`: the median when that was
+        predicted, if it is another by now; what it was off by then is what the spread is of."""
         if measured_s <= 0 or predicted_s <= 0 or weight <= 0:
             return
         ratio = min(max(measured_s / predicted_s, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
         error = math.log(ratio) - self.log_mean
+        wrong = error if used is None else math.log(ratio / used)
         first = not self.observations
         self.observations += 1
         # The first ones count as in a plain mean.
-        self._weight = min(self._weight + min(1.0, weight), 1 / WEIGHT)
+        self._weight = min(self._weight + min(1.0, weight), 1 / self.newest)
         part = min(1.0, weight) / self._weight
         self.log_mean += part * error
         if not first:
-            self.log_variance = (1 - part) * (self.log_variance + part * error * error)
+            self.log_variance = (1 - part) * (self.log_variance + part * wrong * wrong)
 
 
 @dataclass(slots=True)

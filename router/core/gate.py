@@ -39,6 +39,10 @@ NEAR: Final = 0.5
 count."""
 IDLE: Final = 0.1
 """Others who do less to a request than this share of its own time are not there."""
+NEWEST: Final = 0.01
+"""What the newest measurement weighs. Who is let in now gets its times as many admissions later as
+wait, by when another mix of requests is served: what twenty of them got was passed on as if it
+lasted (docs/adr/0008)."""
 LARGEST_MARGIN: Final = 1.6
 """Under 1 / NEAR: however wrong predictions were, some that tell how wrong still get in."""
 DUE_AFTER: Final = {Priority.HIGH: 0.5, Priority.NORMAL: 1.0, Priority.LOW: 4.0}
@@ -65,12 +69,26 @@ class Promises:
 NOTHING_PROMISED: Final = Promises()
 
 
+class Foreseen(NamedTuple):
+    """What a request was let in with."""
+
+    expected: Expected
+    ttft_factor: float
+    tpot_factor: float
+    """By which what others do to it was taken to be wrong then."""
+
+
 class LetIn(NamedTuple):
     """A request that was let in and may not have arrived."""
 
     until_s: float
     tokens: int
-    expected: Expected
+    foreseen: Foreseen
+
+    @property
+    def prefill_s(self) -> float:
+        """Of its prompt."""
+        return self.foreseen.expected.alone_ttft_s
 
 
 class Gate:
@@ -80,7 +98,7 @@ class Gate:
         self, promises: Promises, placement: Placement, view: View, backlog: Backlog
     ) -> None:
         self.sizes = PromptSizes()
-        self.ttft_factor, self.tpot_factor = Factor(), Factor()
+        self.ttft_factor, self.tpot_factor = Factor(newest=NEWEST), Factor(newest=NEWEST)
         """By which what others do to a request took longer than predicted."""
         self.ttft_caution, self.tpot_caution = Caution(), Caution()
         self._promises = promises
@@ -109,9 +127,10 @@ class Gate:
             return None
         refusal = self._refusal(expected, promised, SURER[terms.priority])
         if refusal is None:
-            let_in = LetIn(now_s + ARRIVES_WITHIN_S, guess.tokens, expected)
+            foreseen = Foreseen(expected, self.ttft_factor.value, self.tpot_factor.value)
+            let_in = LetIn(now_s + ARRIVES_WITHIN_S, guess.tokens, foreseen)
             self._coming[asked.ticket] = let_in
-            self._coming_s += expected.alone_ttft_s
+            self._coming_s += let_in.prefill_s
         return refusal
 
     def _refusal(
@@ -130,48 +149,51 @@ class Gate:
 
     def arrived(
         self, now_s: float, ticket: TicketId | None, terms: Terms, prompt_tokens: int
-    ) -> tuple[Waiting, Expected | None]:
+    ) -> tuple[Waiting, Foreseen | None]:
         """It is counted elsewhere from now on. Returns as what it waits for its turn, and what it
         was let in with."""
         promised_s = self._promises.of_request(terms).ttft_s
         let_in = self._coming.pop(ticket, None) if ticket is not None else None
         if let_in is not None:
-            self._coming_s -= let_in.expected.alone_ttft_s
-            prefill_s = let_in.expected.alone_ttft_s * prompt_tokens / let_in.tokens
+            self._coming_s -= let_in.prefill_s
+            prefill_s = let_in.prefill_s * prompt_tokens / let_in.tokens
         else:
             prefill_s = self._prefill_s(now_s, prompt_tokens) if self._backlog else 0.0
         due_s = self._due_s(now_s, terms)
         waiting = Waiting(terms.tenant, due_s, prefill_s=prefill_s)
         if promised_s is not None:
             waiting = replace(waiting, late_s=now_s + promised_s, promised_s=promised_s)
-        return waiting, None if let_in is None else let_in.expected
+        return waiting, None if let_in is None else let_in.foreseen
 
-    def learn_first_token(self, expected: Expected, terms: Terms, measured_s: float) -> None:
+    def learn_first_token(self, foreseen: Foreseen, terms: Terms, measured_s: float) -> None:
         """A request that was let in gets its first token: at once, since by its end many more will
         have been let in."""
         promised_s = self._promises.of_request(terms).ttft_s
-        load = _Load(expected.ttft_s, expected.alone_ttft_s, promised_s)
-        _learn(load, measured_s, self.ttft_factor, self.ttft_caution)
+        load = _Load(foreseen.expected.ttft_s, foreseen.expected.alone_ttft_s, promised_s)
+        _learn(load, measured_s, self.ttft_factor, foreseen.ttft_factor, self.ttft_caution)
 
-    def learn_late(self, expected: Expected, terms: Terms) -> Expected:
+    def learn_late(self, foreseen: Foreseen, terms: Terms) -> Foreseen:
         """A request that was let in waits, and would not be in time any more: it goes behind those
         that are. Returns what is left to be held against its times, since when its first token
         comes will tell nothing of the load."""
-        promised_s = self._promises.of_request(terms).ttft_s
+        promised_s, expected = self._promises.of_request(terms).ttft_s, foreseen.expected
         if _Load(expected.ttft_s, expected.alone_ttft_s, promised_s).is_for_the_margin:
             self.ttft_caution.observe(late=True)
-        return expected._replace(ttft_s=expected.alone_ttft_s)
+        return foreseen._replace(expected=expected._replace(ttft_s=expected.alone_ttft_s))
 
-    def learn(self, expected: Expected, terms: Terms, ended: Ended) -> None:
+    def learn(self, foreseen: Foreseen, terms: Terms, ended: Ended) -> None:
         """A request that was let in is over: hold its tokens' distance against what was expected,
         and its first token's time if it gave up waiting for that."""
         if ended.end is End.FAILED and ended.fault is not Fault.DEADLINE:
             return  # What broke says nothing of the load.
-        promised = self._promises.of_request(terms)
+        promised, expected = self._promises.of_request(terms), foreseen.expected
         # Of who left early it is mostly the wait for the second token, while state moves.
         if ended.time_per_output_token_s is not None and ended.end is End.COMPLETE:
             tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
-            _learn(tpot, ended.time_per_output_token_s, self.tpot_factor, self.tpot_caution)
+            _learn(
+                tpot, ended.time_per_output_token_s, self.tpot_factor, foreseen.tpot_factor,
+                self.tpot_caution,
+            )  # fmt: skip
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
         if ended.time_to_first_token_s is None and ttft.is_for_the_margin:
             # Its client gave up, and nobody knows what it would have got; but whoever waited for
@@ -188,7 +210,7 @@ class Gate:
         """Its response is over: nothing more comes with it."""
         let_in = self._coming.pop(ticket, None)
         if let_in is not None:
-            self._coming_s -= let_in.expected.alone_ttft_s
+            self._coming_s -= let_in.prefill_s
 
     def _prefill_s(self, now_s: float, prompt_tokens: int) -> float:
         """Of a prompt that will wait before others, and of which that was not asked."""
@@ -201,7 +223,7 @@ class Gate:
             if let_in.until_s > now_s:
                 return
             del self._coming[ticket]
-            self._coming_s -= let_in.expected.alone_ttft_s
+            self._coming_s -= let_in.prefill_s
         self._coming_s = 0.0  # What rounding left.
 
 
@@ -253,7 +275,7 @@ class _Load(NamedTuple):
         return at_most_s > self.promised_s
 
 
-def _learn(load: _Load, measured_s: float, factor: Factor, caution: Caution) -> None:
+def _learn(load: _Load, measured_s: float, factor: Factor, used: float, caution: Caution) -> None:
     if load.promised_s is None:
         return
     if load.is_for_the_margin:
@@ -261,7 +283,7 @@ def _learn(load: _Load, measured_s: float, factor: Factor, caution: Caution) -> 
     if load.is_near:
         # A load that did not come at all has no logarithm and is passed over, so that the margin is
         # a little too wide.
-        factor.observe(measured_s - load.alone_s, load.s)
+        factor.observe(measured_s - load.alone_s, load.s, used=used)
 
 
 def _refuse(what: str, load: _Load, at_most_s: float, times: float) -> TicketRefused:

@@ -13,7 +13,7 @@ from protos.errors import BatonError
 from protos.ids import Attempt, RequestKey, split_request_key
 from router.core.backlog import Waiting
 from router.core.events import Shape
-from router.core.placement import Expected
+from router.core.gate import Foreseen
 from router.core.records import Record, TicketStory
 from router.core.workers import Reservation, Worker
 
@@ -112,7 +112,7 @@ class Request:
     """When it entered its state."""
     waits: Waiting
     """As what it waits while it is new."""
-    expected: Expected | None = None
+    foreseen: Foreseen | None = None
     """What it was let in with, as far as its times are still to be held against that."""
     delivered: int = 0
     position: int = 0

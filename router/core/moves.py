@@ -99,8 +99,8 @@ class Moves:
                 break
         for key in self.backlog.take_put_behind():
             late = self.requests.get(key)
-            if late is not None and late.expected is not None:
-                late.expected = self.gate.learn_late(late.expected, late.story.terms)
+            if late is not None and late.foreseen is not None:
+                late.foreseen = self.gate.learn_late(late.foreseen, late.story.terms)
         self._looks_due = False
 
     def look_again(self) -> None:
@@ -239,8 +239,8 @@ class Moves:
         """Its client gets its first token."""
         request.record.first_token_s = now_s
         ttft_s = request.record.ttft_s
-        if request.expected is not None and ttft_s is not None:
-            self.gate.learn_first_token(request.expected, request.story.terms, ttft_s)
+        if request.foreseen is not None and ttft_s is not None:
+            self.gate.learn_first_token(request.foreseen, request.story.terms, ttft_s)
 
     def first_token(self, now_s: float, request: Request) -> None:
         """Its prompt is computed."""
@@ -330,8 +330,8 @@ class Moves:
             self._tell(request, ended)
 
     def _tell(self, request: Request, ended: Ended) -> None:
-        if request.expected is not None:
-            self.gate.learn(request.expected, request.story.terms, ended)
+        if request.foreseen is not None:
+            self.gate.learn(request.foreseen, request.story.terms, ended)
         self.outbox.note(ended)
 
     def _learn_size(self, story: TicketStory) -> None:

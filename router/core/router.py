@@ -135,9 +135,9 @@ class RouterCore:
             shape, kind=kind_of(terms, story.path), ttft_slo_s=terms.ttft_slo_s,
             tpot_slo_s=terms.tpot_slo_s,
         )  # fmt: skip
-        waits, expected = self.moves.gate.arrived(now_s, event.ticket, terms, shape.prompt_tokens)
+        waits, foreseen = self.moves.gate.arrived(now_s, event.ticket, terms, shape.prompt_tokens)
         opened = Request(
-            event.key, demand.payload, shape, record, story, State.WAITING, now_s, waits, expected
+            event.key, demand.payload, shape, record, story, State.WAITING, now_s, waits, foreseen
         )
         self.moves.requests[event.key] = opened
         if event.deadline_s is not None:

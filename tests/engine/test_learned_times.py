@@ -82,3 +82,25 @@ def test_one_absurd_observation_is_bounded() -> None:
     assert factor.value <= LARGEST_FACTOR
     factor.observe(1e9, 1e-9)
     assert factor.value <= LARGEST_FACTOR
+
+
+def test_its_spread_is_of_predictions_as_they_were_made() -> None:
+    """The later an outcome is known, the more may have changed by then."""
+    late, at_once = Factor(), Factor()
+    for number in range(400):
+        measured_s = 2.0 if number // 20 % 2 else 1.0
+        at_once.observe(measured_s, 1.0)
+        late.observe(measured_s, 1.0, used=1.0 if measured_s == 2.0 else 2.0)
+    assert late.value == at_once.value
+    assert late.spread == pytest.approx(math.log(2), rel=0.05)
+    assert at_once.spread < 0.6 * late.spread
+
+
+def test_a_factor_may_forget_more_slowly() -> None:
+    slow, fast = Factor(newest=0.01), Factor()
+    for factor in (slow, fast):
+        for _ in range(200):
+            factor.observe(1.0, 1.0)
+        for _ in range(20):
+            factor.observe(2.0, 1.0)
+    assert slow.value < 1.2 < 1.5 < fast.value

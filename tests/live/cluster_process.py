@@ -166,7 +166,7 @@ def wait_until_gone(processes: list[psutil.Process], timeout_s: float) -> list[p
     return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def once_settled(read: Callable[[], T], quiet_s: float = 1.5, timeout_s: float = 20.0) -> T:
+def once_settled(read: Callable[[], T], quiet_s: float = 3.0, timeout_s: float = 20.0) -> T:
     """What `read` gives once it has not changed for longer than workers' figures take to arrive."""
     value, since_s, began_s = read(), time.monotonic(), time.monotonic()
     while time.monotonic() - since_s < quiet_s:

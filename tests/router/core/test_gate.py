@@ -27,6 +27,7 @@ from router.core.gate import (
     LARGEST_MARGIN,
     LONGEST_RETRY_S,
     NOTHING_PROMISED,
+    Foreseen,
     Gate,
     Promises,
 )
@@ -68,18 +69,26 @@ class Bench:
         asked = TicketAsked(TicketId(str(self._asked)), "POST", "/v1/completions", terms)
         return self.gate.ask(self.now_s, asked)
 
+    def foreseen(self, expected: Expected) -> Foreseen:
+        """As of one that is let in now."""
+        return Foreseen(expected, self.gate.ttft_factor.value, self.gate.tpot_factor.value)
+
     def learn(self, expected: Expected, ttft_s: float, tpot_s: float) -> None:
-        self.gate.learn_first_token(expected, NO_TERMS, ttft_s)
+        self.tell(self.foreseen(expected), ttft_s, tpot_s)
+
+    def tell(self, foreseen: Foreseen, ttft_s: float, tpot_s: float) -> None:
+        """It was measured."""
+        self.gate.learn_first_token(foreseen, NO_TERMS, ttft_s)
         ended = Ended(
             key(), End.COMPLETE, "", 100, time_to_first_token_s=ttft_s,
             time_per_output_token_s=tpot_s,
         )  # fmt: skip
-        self.gate.learn(expected, NO_TERMS, ended)
+        self.gate.learn(foreseen, NO_TERMS, ended)
 
 
 def sure(bench: Bench) -> None:
     """Predictions were right for long."""
-    for _ in range(400):
+    for _ in range(1500):
         bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 1.5, 0.04)
 
 
@@ -176,9 +185,9 @@ def test_what_was_let_in_counts_until_it_arrives() -> None:
     work_s, requests = bench.oracle.asked[-1][1]
     assert (work_s, requests) == (pytest.approx(1.35), 3)
     assert bench.ask() is not None, "1.8 s wait before it"
-    waits, expected = bench.gate.arrived(0.0, TicketId("1"), NO_TERMS, 1024)
-    assert expected is not None
-    assert expected.alone_ttft_s == 0.45
+    waits, foreseen = bench.gate.arrived(0.0, TicketId("1"), NO_TERMS, 1024)
+    assert foreseen is not None
+    assert foreseen.expected.alone_ttft_s == 0.45
     # Twice as long as its body made believe.
     assert waits == Waiting("", 2.0, 2.0, 0.9, 2.0)
     assert bench.ask() is None
@@ -198,8 +207,8 @@ def test_what_waits_counts() -> None:
 def test_due_and_late_follow_class_and_promise() -> None:
     gate = Bench().gate
     for priority, due_s in ((Priority.HIGH, 1.0), (Priority.NORMAL, 2.0), (Priority.LOW, 8.0)):
-        waits, expected = gate.arrived(0.0, None, Terms(priority=priority), 10)
-        assert (waits.due_s, waits.late_s, expected) == (due_s, 2.0, None)
+        waits, foreseen = gate.arrived(0.0, None, Terms(priority=priority), 10)
+        assert (waits.due_s, waits.late_s, foreseen) == (due_s, 2.0, None)
     waits, _ = gate.arrived(0.0, None, Terms(ttft_slo_s=0.5), 10)
     assert (waits.due_s, waits.late_s) == (0.5, 0.5)
 
@@ -212,6 +221,20 @@ def test_predictions_that_were_too_short_are_corrected() -> None:
         bench.learn(Expected(1.5, 0.01, 0.1, 0.01, 100.0), 2.1, 0.01)
     assert bench.gate.ttft_factor.value == pytest.approx(2.0 / 1.4, rel=0.01)
     assert bench.ask() is not None
+
+
+def test_what_it_was_off_by_counts_as_it_was_when_the_request_was_let_in() -> None:
+    """A load comes and goes as slowly as requests are served: it is followed, but each time those
+    that were let in with the one before get another."""
+    at_once, waited = Bench(), Bench()
+    expected = Expected(1.5, 0.01, 0.1, 0.01, 100.0)
+    for number in range(20):
+        foreseen, ttft_s = waited.foreseen(expected), 1.9 if number % 2 else 1.1
+        for _ in range(50):
+            at_once.learn(expected, ttft_s, 0.01)
+            waited.tell(foreseen, ttft_s, 0.01)
+    assert waited.gate.ttft_factor.value == at_once.gate.ttft_factor.value
+    assert waited.gate.ttft_factor.spread > 1.2 * at_once.gate.ttft_factor.spread
 
 
 def test_its_caution_follows_what_becomes_of_those_that_are_let_in() -> None:
@@ -257,7 +280,7 @@ def test_who_gave_up_later_than_promised_was_late(
     bench = Bench()
     before = bench.gate.ttft_caution.spreads
     ended = Ended(key(), end, "", 0, duration_s=waited_s, fault=fault)
-    bench.gate.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), NO_TERMS, ended)
+    bench.gate.learn(bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS, ended)
     after = bench.gate.ttft_caution.spreads
     assert after > before if late else after == before
     assert bench.gate.ttft_factor.observations == 0, "nobody knows when it would have come"
@@ -266,10 +289,10 @@ def test_who_gave_up_later_than_promised_was_late(
 def test_who_was_put_behind_was_late_once() -> None:
     bench = Bench()
     before = bench.gate.ttft_caution.spreads
-    left = bench.gate.learn_late(Expected(1.5, 0.04, 0.1, 0.01, 100.0), NO_TERMS)
+    left = bench.gate.learn_late(bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS)
     after = bench.gate.ttft_caution.spreads
     assert after > before
-    bench.learn(left, ttft_s=30.0, tpot_s=0.04)
+    bench.tell(left, ttft_s=30.0, tpot_s=0.04)
     bench.gate.learn(left, NO_TERMS, Ended(key(), End.CANCELLED, "", 0, duration_s=30.0))
     assert bench.gate.ttft_caution.spreads == after
     assert bench.gate.ttft_factor.observations == 0, "its wait tells nothing of the load"
@@ -278,16 +301,16 @@ def test_who_was_put_behind_was_late_once() -> None:
 
 def test_who_was_put_behind_was_late_once_even_if_all_of_it_was_cached() -> None:
     bench = Bench()
-    left = bench.gate.learn_late(Expected(1.5, 0.04, 0.0, 0.01, 100.0), NO_TERMS)
+    left = bench.gate.learn_late(bench.foreseen(Expected(1.5, 0.04, 0.0, 0.01, 100.0)), NO_TERMS)
     after = bench.gate.ttft_caution.spreads
-    bench.learn(left, ttft_s=30.0, tpot_s=0.04)
+    bench.tell(left, ttft_s=30.0, tpot_s=0.04)
     assert bench.gate.ttft_caution.spreads == after
 
 
 def test_nobody_learns_from_who_was_put_behind_and_late_all_alone() -> None:
     bench = Bench()
     before = bench.gate.ttft_caution.spreads
-    bench.gate.learn_late(Expected(2.5, 0.04, 2.5, 0.01, 100.0), NO_TERMS)
+    bench.gate.learn_late(bench.foreseen(Expected(2.5, 0.04, 2.5, 0.01, 100.0)), NO_TERMS)
     assert bench.gate.ttft_caution.spreads == before
 
 
@@ -297,7 +320,7 @@ def test_who_left_teaches_nothing_of_later_tokens() -> None:
     ended = Ended(
         key(), End.CANCELLED, "", 2, time_to_first_token_s=2.1, time_per_output_token_s=0.5
     )
-    bench.gate.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), NO_TERMS, ended)
+    bench.gate.learn(bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS, ended)
     assert bench.gate.tpot_factor.observations == 0
     assert bench.gate.tpot_caution.spreads == before
 
