@@ -3,7 +3,9 @@
 A profile says how a time depends on the work; the engines at hand say by what factor it is off.
 It is tracked as exponentially weighted mean and variance of its logarithm (West 1979, the
 incremental form), so that a time twice too long and one half too short weigh the same, and a
-prediction's spread is a factor too.
+prediction's spread is a factor too. Where measurements come late, the factor has moved on from what
+it was when their predictions were made: what those were off by is what the spread then is of, as an
+exponentially weighted mean square.
 
 What a time may cost grows with its square, and a spread makes squares dearer than the median's. If
 ln x is normal with mean ln m and standard deviation s, then ln x^2 is normal with mean 2 ln m and
@@ -40,8 +42,7 @@ class Factor:
     log_variance: float = FIRST_SPREAD * FIRST_SPREAD
     _weight: float = PROFILE_WEIGHT
     """Of all that was seen, the older the less."""
-    newest: float = WEIGHT
-    """What the newest observation weighs, once there have been some."""
+    newest_weight: float = WEIGHT
 
     @property
     def value(self) -> float:
@@ -50,7 +51,8 @@ class Factor:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the logarithm: 0.1 is about 10 %."""
+        """Of the logarithm, its standard deviation, or how far predictions were off: 0.1 is about
+        10 %."""
         return math.sqrt(self.log_variance)
 
     @property
@@ -68,20 +70,24 @@ class Factor:
     ) -> None:
         """Take one pair in; both above 0, else it says nothing. It counts by its weight, from 0 to
         1: how much of what was measured is what was predicted. `used`: the median when that was
-        predicted, if it is another by now; what it was off by then is what the spread is of."""
+        predicted, where that is some time ago."""
         if measured_s <= 0 or predicted_s <= 0 or weight <= 0:
             return
         ratio = min(max(measured_s / predicted_s, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
         error = math.log(ratio) - self.log_mean
-        wrong = error if used is None else math.log(ratio / used)
         first = not self.observations
         self.observations += 1
         # The first ones count as in a plain mean.
-        self._weight = min(self._weight + min(1.0, weight), 1 / self.newest)
+        self._weight = min(self._weight + min(1.0, weight), 1 / self.newest_weight)
         part = min(1.0, weight) / self._weight
         self.log_mean += part * error
-        if not first:
-            self.log_variance = (1 - part) * (self.log_variance + part * wrong * wrong)
+        if first:
+            return  # It tells how far off the profile is, and nothing of a spread.
+        if used is None:
+            self.log_variance = (1 - part) * (self.log_variance + part * error * error)
+        else:
+            off = math.log(ratio / used)
+            self.log_variance += part * (off * off - self.log_variance)
 
 
 @dataclass(slots=True)

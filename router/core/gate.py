@@ -39,9 +39,9 @@ NEAR: Final = 0.5
 count."""
 IDLE: Final = 0.1
 """Others who do less to a request than this share of its own time are not there."""
-NEWEST: Final = 0.01
-"""What the newest measurement weighs. Who is let in now gets its times as many admissions later as
-wait, by when another mix of requests is served: what twenty of them got was passed on as if it
+NEWEST_WEIGHT: Final = 0.01
+"""Of a measurement in what is foreseen next. Who is let in now gets its times as many admissions
+later as wait, when another mix of requests is served: what a few got must not be passed on as if it
 lasted (docs/adr/0008)."""
 LARGEST_MARGIN: Final = 1.6
 """Under 1 / NEAR: however wrong predictions were, some that tell how wrong still get in."""
@@ -98,7 +98,8 @@ class Gate:
         self, promises: Promises, placement: Placement, view: View, backlog: Backlog
     ) -> None:
         self.sizes = PromptSizes()
-        self.ttft_factor, self.tpot_factor = Factor(newest=NEWEST), Factor(newest=NEWEST)
+        self.ttft_factor = Factor(newest_weight=NEWEST_WEIGHT)
+        self.tpot_factor = Factor(newest_weight=NEWEST_WEIGHT)
         """By which what others do to a request took longer than predicted."""
         self.ttft_caution, self.tpot_caution = Caution(), Caution()
         self._promises = promises

@@ -92,15 +92,24 @@ def test_its_spread_is_of_predictions_as_they_were_made() -> None:
         at_once.observe(measured_s, 1.0)
         late.observe(measured_s, 1.0, used=1.0 if measured_s == 2.0 else 2.0)
     assert late.value == at_once.value
-    assert late.spread == pytest.approx(math.log(2), rel=0.05)
+    assert late.spread == pytest.approx(math.log(2), rel=0.001)
     assert at_once.spread < 0.6 * late.spread
 
 
 def test_a_factor_may_forget_more_slowly() -> None:
-    slow, fast = Factor(newest=0.01), Factor()
+    slow, fast = Factor(newest_weight=0.01), Factor()
     for factor in (slow, fast):
         for _ in range(200):
             factor.observe(1.0, 1.0)
         for _ in range(20):
             factor.observe(2.0, 1.0)
     assert slow.value < 1.2 < 1.5 < fast.value
+
+
+def test_the_first_tells_nothing_of_a_spread() -> None:
+    for used in (None, 1.0):
+        factor = Factor()
+        factor.observe(5.0, 1.0, used=used)
+        assert factor.spread == pytest.approx(FIRST_SPREAD)
+        factor.observe(5.0, 1.0, used=used)
+        assert (factor.spread > 1.0) == (used is not None), "as far off as it was"

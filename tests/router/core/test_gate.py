@@ -62,11 +62,11 @@ class Bench:
         view = View(WorkerPool(), KvIndex(10), 128, True, 0)
         self.gate = Gate(promises, self.oracle, view, self.backlog)
         self.now_s = 0.0
-        self._asked = 0
+        self.tickets = 0
 
     def ask(self, terms: Terms = NO_TERMS) -> TicketRefused | None:
-        self._asked += 1
-        asked = TicketAsked(TicketId(str(self._asked)), "POST", "/v1/completions", terms)
+        self.tickets += 1
+        asked = TicketAsked(TicketId(str(self.tickets)), "POST", "/v1/completions", terms)
         return self.gate.ask(self.now_s, asked)
 
     def foreseen(self, expected: Expected) -> Foreseen:
@@ -223,18 +223,41 @@ def test_predictions_that_were_too_short_are_corrected() -> None:
     assert bench.ask() is not None
 
 
+def let_in(bench: Bench) -> Foreseen:
+    """Asked for, and there."""
+    assert bench.ask() is None
+    _, foreseen = bench.gate.arrived(0.0, TicketId(str(bench.tickets)), NO_TERMS, 1024)
+    assert foreseen is not None
+    return foreseen
+
+
 def test_what_it_was_off_by_counts_as_it_was_when_the_request_was_let_in() -> None:
     """A load comes and goes as slowly as requests are served: it is followed, but each time those
     that were let in with the one before get another."""
     at_once, waited = Bench(), Bench()
-    expected = Expected(1.5, 0.01, 0.1, 0.01, 100.0)
     for number in range(20):
-        foreseen, ttft_s = waited.foreseen(expected), 1.9 if number % 2 else 1.1
-        for _ in range(50):
-            at_once.learn(expected, ttft_s, 0.01)
-            waited.tell(foreseen, ttft_s, 0.01)
-    assert waited.gate.ttft_factor.value == at_once.gate.ttft_factor.value
-    assert waited.gate.ttft_factor.spread > 1.2 * at_once.gate.ttft_factor.spread
+        for bench in (at_once, waited):
+            bench.oracle.ttft_s, bench.oracle.tpot_s = 1.2, 0.035
+        ttft_s, tpot_s = (1.3, 0.03) if number % 2 else (1.0, 0.04)
+        before = let_in(waited)
+        for _ in range(100):
+            at_once.tell(let_in(at_once), ttft_s, tpot_s)
+            waited.tell(before, ttft_s, tpot_s)
+    for late, soon in (
+        (waited.gate.ttft_factor, at_once.gate.ttft_factor),
+        (waited.gate.tpot_factor, at_once.gate.tpot_factor),
+    ):
+        assert late.value == soon.value
+        assert late.spread > 1.1 * soon.spread
+
+
+def test_twenty_that_others_are_served_with_do_not_change_what_is_foreseen_by_much() -> None:
+    bench = Bench()
+    sure(bench)
+    for _ in range(20):
+        bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 0.8, 0.025)
+    assert bench.gate.ttft_factor.value > 0.85
+    assert bench.gate.tpot_factor.value > 0.85
 
 
 def test_its_caution_follows_what_becomes_of_those_that_are_let_in() -> None:
