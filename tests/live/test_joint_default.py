@@ -20,7 +20,7 @@ CONFIG: dict[str, Any] = {
     "decode": {"replicas": 2},
     "engine_args": {"max_model_len": 16_384, "num_gpu_blocks_override": 8192},
     "simulated": {"step_base_s": 0.006, "prefill_token_s": 1e-4, "decode_context_token_s": 1e-7},
-    "router": {"tpot_slo_ms": 50.0},
+    "router": {"tpot_slo_ms": 20.0},
 }
 STREAMS = 24
 
