@@ -47,7 +47,8 @@ class Instance:
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,
+            # Out of reach of a terminal's Ctrl-C.
+            process_group=0,
             env={},
         )  # fmt: skip
         assert self._guard.stdout is not None

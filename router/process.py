@@ -72,6 +72,8 @@ from router.worker_links import WorkerLinks
 _log = logging.getLogger("router")
 
 TICK_S: Final = 0.1
+LONG_PAUSE_S: Final = 1.0
+"""For so long nothing was decided: worth a line, since the edge waits no longer than 3 s."""
 HTTP_AFTER_S: Final = 0.1
 DEFECT_STATUS: Final = 70
 
@@ -155,7 +157,11 @@ class RouterProcess:
 
     async def _tick(self) -> None:
         while True:
+            slept_s = time.monotonic()
             await asyncio.sleep(TICK_S)
+            slept_s = time.monotonic() - slept_s
+            if slept_s > LONG_PAUSE_S:
+                _log.warning("nothing was decided for %.1f s", slept_s)
             if self._recorder is not None:
                 self._recorder.flush()
             self._read_membership()

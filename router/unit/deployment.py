@@ -83,7 +83,9 @@ class AnchorProcess:
              sys.executable, "-m", "router.unit.anchor.process", str(self._paths.directory)],
             # The anchor's children, one of which faces clients, need no key to the cluster.
             env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-            start_new_session=True,
+            # A terminal's Ctrl-C must not reach it. No session of its own: Linux shares the cores
+            # out by session (autogroup), and one that wants little was seen to wait for 8 s.
+            process_group=0,
             stdout=subprocess.PIPE,
             check=False,
         )  # fmt: skip

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 15.0
+_LINES_TOLD = 60
 BATON = Path(sys.executable).parent / "baton"
 HANDED_OVER = {"policy": "least_predicted_work", "local_prefill_max_tokens": 0}
 """For `router`: every request is, whatever its length."""
@@ -56,7 +57,9 @@ class BatonServe:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **(env or {})},
-                start_new_session=True,
+                # Its session is the client's: each would get its share of the cores, however
+                # little the client needs, and may then wait for seconds (autogroup).
+                process_group=0,
             )
         return cls(process, port, grpc_port, log_path)
 
@@ -67,6 +70,13 @@ class BatonServe:
     @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
+
+    def last_words(self) -> str:
+        """The end of each of its logs: by these a failure can be explained later."""
+        logs = [self.log_path]
+        if found := re.search(r"logs in (\S+)", self.log):
+            logs += sorted(Path(found[1]).rglob("*.log"))
+        return "\n".join(f"--- {log}\n{_tail(log)}" for log in logs)
 
     def until_healthy(self) -> float:
         """Wait for /health = 200; returns the seconds it took."""
@@ -150,6 +160,13 @@ class BatonServe:
             self.process.kill()
             self.process.wait()
         return time.monotonic() - began_s
+
+
+def _tail(log: Path) -> str:
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-_LINES_TOLD:])
+    except OSError as error:  # An instance that ended removes them.
+        return f"{error}"
 
 
 def _env(process: psutil.Process) -> set[str]:

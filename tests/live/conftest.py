@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,18 @@ CONFIG: dict[str, Any] = {
     "model": {"tool_call_parser": "hermes"},
 }
 MODEL = "tiny"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Function,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure, what its clusters have logged: they remove it when they end."""
+    report = yield
+    if report.failed:
+        clusters = [each for each in item.funcargs.values() if isinstance(each, BatonServe)]
+        report.sections += [(f"logs of {each.url}", each.last_words()) for each in clusters]
+    return report
 
 
 @pytest.fixture(scope="session")

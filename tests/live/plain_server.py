@@ -55,7 +55,7 @@ def plain_server(model: Path, served_name: str) -> Iterator[str]:
             stderr=subprocess.STDOUT,
             env={**os.environ, **_ENVIRONMENT},
             # Its engine is a child that shall go with it.
-            start_new_session=True,
+            process_group=0,
         )
         try:
             _until_serving(process, url, log.fileno())

@@ -157,6 +157,13 @@ def test_the_command_that_it_shows_works_as_printed(running: BatonServe) -> None
     assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 16
 
 
+def test_its_processes_share_one_session(running: BatonServe) -> None:
+    """On a busy machine one with a session of its own may wait for a core for seconds."""
+    sessions = {p.pid: os.getsid(p.pid) for p in running.processes()}
+    assert len(sessions) > 10
+    assert set(sessions.values()) == {os.getsid(running.process.pid)}, sessions
+
+
 # Ports
 
 
