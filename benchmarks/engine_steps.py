@@ -1,8 +1,9 @@
 """How long real vLLM engines take on this machine: `python -m benchmarks.engine_steps`.
 
 On the tiny model, through `baton serve`, where they share the machine with all that stands in
-requests' path: prompts alone, by length, each after a pause; steps that decode, by requests and
-context; fetches of a prompt's state by another engine. Each point is a median. Costs of the
+requests' path, and with another engine where prompts are handed over: prompts alone, by length,
+each after a pause; steps that decode, by requests and context; fetches of a prompt's state by
+another engine. Each point is a median. Costs of the
 simulated engine's model are fitted to them, by least squares of relative errors. Prints Markdown.
 """
 
@@ -37,23 +38,25 @@ ENGINE_ARGS: Final = {
 }  # fmt: skip
 
 
-def measure(link_s: float, repeats: int = REPEATS) -> Measured:
-    """With instances of its own. `link_s`: from router to engine, one way, which is not the
-    engine's."""
-    with serving(_configuration(prefill=0)) as baton:
+def measure(link_s: float, prefill: int, repeats: int = REPEATS) -> Measured:
+    """With an instance of its own, of so many prefill workers and one decode worker: what an engine
+    takes depends on what stands beside it. `link_s`: from router to engine, one way, which is not
+    the engine's."""
+    fetches = {}
+    with serving(_configuration(prefill)) as baton:
+        # The first fetch shakes hands.
         moments(baton, _WARM_UP, _WARM_UP_TOKENS, output_tokens=4)
         prompts = {
             tokens: _median_s(baton, tokens, repeats, "arrived", "first_token") - 2 * link_s
             for tokens in PROMPTS
         }
         decodes = {each: _decode_s(baton.port, *each) for each in DECODES}
-    with serving(_configuration(prefill=1)) as baton:
-        moments(baton, _WARM_UP, _WARM_UP_TOKENS, output_tokens=4)  # The first fetch shakes hands.
-        beside_s = 2 * link_s + decodes[1, 1024]
-        fetches = {
-            tokens: _median_s(baton, tokens, repeats, "handed_off", "resumed") - beside_s
-            for tokens in FETCHES
-        }
+        if prefill:
+            beside_s = 2 * link_s + decodes[1, 1024]
+            fetches = {
+                tokens: _median_s(baton, tokens, repeats, "handed_off", "resumed") - beside_s
+                for tokens in FETCHES
+            }
     return Measured(
         prompts, decodes, fetches, ENGINE_ARGS["block_size"],
         ENGINE_ARGS["block_size"] * ENGINE_ARGS["num_gpu_blocks_override"],
@@ -100,8 +103,11 @@ def main() -> None:
     parser.add_argument(
         "--link-ms", type=float, default=1.2, help="from router to engine, which is taken off"
     )
-    measured = measure(parser.parse_args().link_ms / 1e3)
-    print(f"{machine()}\n\n{report(measured, fit(measured))}")
+    link_s = parser.parse_args().link_ms / 1e3
+    print(machine())
+    for prefill in (0, 1):
+        measured = measure(link_s, prefill)
+        print(f"\n{prefill} prefill and 1 decode worker\n\n{report(measured, fit(measured))}")
 
 
 if __name__ == "__main__":

@@ -145,34 +145,29 @@ def real_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
     prompt_tokens = TINY_LOW.shared_tokens + TINY_LOW.own_tokens
     hops = measure_hops(SIMULATED, prompt_tokens, prioritised)
     yield hops_table(hops, prompt_tokens)
-    engine = engine_steps.measure(hops.link_s)
-    found = fit(engine)
-    yield fit_report(engine, found)
-    # Of every request, though not every one comes to an engine that has idled.
-    hops = hops._replace(front_in_s=hops.front_in_s + found.wake_s)
-    with tempfile.TemporaryDirectory(prefix="baton-bench-") as directory:
-        file = Path(directory) / "profile.yaml"
-        file.write_text(yaml.safe_dump(asdict(found.profile.timing(engine.block_tokens))))
-        for scenario in tiny_scenarios(found.profile, engine.block_tokens, file):
+    for prefill in (0, 1):
+        engine = engine_steps.measure(hops.link_s, prefill)
+        found = fit(engine)
+        # Of every request, though not every one comes to an engine that has idled.
+        woken = hops._replace(front_in_s=hops.front_in_s + found.wake_s)
+        with tempfile.TemporaryDirectory(prefix="baton-bench-") as directory:
+            file = Path(directory) / "profile.yaml"
+            file.write_text(yaml.safe_dump(asdict(found.profile.timing(engine.block_tokens))))
+            scenario = tiny_scenario(found.profile, engine.block_tokens, file, prefill)
             yield f"## {scenario.name}"
+            yield fit_report(engine, found)
             loads = [TINY_SPARSE] if scenario.always_split else []
             for load in [TINY_QUICK] if quick else [*loads, TINY_LOW, TINY_MEDIUM]:
-                yield compared(scenario, load, hops, TINY_BOUNDS, runs, prioritised=False)
+                yield compared(scenario, load, woken, TINY_BOUNDS, runs, prioritised=False)
 
 
-def tiny_scenarios(
-    profile: EngineProfile, block_tokens: int, file: Path
-) -> tuple[Scenario, Scenario]:
-    """One worker for all, and every request handed over."""
-    alone = Layout(profile, prefill=0, decode=1, block_tokens=block_tokens)
-    pair = replace(alone, prefill=1)
-    return (
-        Scenario("1 worker for both, real vLLM", alone, engine="vllm", profile_file=file),
-        Scenario(
-            "1 prefill and 1 decode worker, real vLLM, every request handed over", pair,
-            engine="vllm", always_split=True,
-        ),
-    )  # fmt: skip
+def tiny_scenario(profile: EngineProfile, block_tokens: int, file: Path, prefill: int) -> Scenario:
+    """One worker for all, or every request handed over."""
+    name = "1 worker for both, real vLLM"
+    if prefill:
+        name = "1 prefill and 1 decode worker, real vLLM, every request handed over"
+    layout = Layout(profile, prefill=prefill, decode=1, block_tokens=block_tokens)
+    return Scenario(name, layout, engine="vllm", profile_file=file, always_split=bool(prefill))
 
 
 PARTS: Final = {"simulated": simulated_engines, "vllm": real_engines}

@@ -23,7 +23,8 @@ class Measured:
     decodes: dict[tuple[int, int], float]
     """By requests and context: from a step to the next one."""
     fetches: dict[int, float]
-    """By tokens: from a hand-off to the next token, without that step's own time."""
+    """By tokens: from a hand-off to the next token, without that step's own time. None where an
+    engine has no other."""
     block_tokens: int
     kv_tokens: int
     max_step_tokens: int
@@ -45,10 +46,10 @@ def fit(measured: Measured) -> Fit:
     terms += [[*_terms(_decode_work(*each)), 0.0] for each in measured.decodes]
     seconds = [*measured.prompts.values(), *measured.decodes.values()]
     *costs, wake_s = least_squares(terms, seconds, seconds)
-    fetches = list(measured.fetches.items())
-    base_s, token_s = least_squares(
-        [[1.0, tokens] for tokens, _ in fetches], [s for _, s in fetches], [s for _, s in fetches]
-    )
+    fetches_s = list(measured.fetches.values())
+    base_s, token_s = 0.0, 0.0
+    if fetches_s:
+        base_s, token_s = least_squares([[1.0, n] for n in measured.fetches], fetches_s, fetches_s)
     profile = EngineProfile(
         model="tiny", gpus=1, kv_bytes_per_token=1, weights_bytes=0.0,
         step_base_s=costs[0], prefill_token_s=costs[1], prefill_pair_s=costs[2],

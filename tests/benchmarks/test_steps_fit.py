@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -53,6 +53,12 @@ def test_the_model_is_found_again() -> None:
 
 def test_no_cost_is_below_nothing() -> None:
     assert fit(measured(transfer_base_s=-0.5e-3)).profile.transfer_base_s == 0
+
+
+def test_an_engine_without_another_fetches_nothing() -> None:
+    timing = fit(replace(measured(), fetches={})).profile.timing(BLOCK_TOKENS)
+    assert timing.transfer_base_s == 0
+    assert timing.transfer_block_s == pytest.approx(0, abs=1e-9)
 
 
 def test_the_report_holds_each_point_beside_its_fit() -> None:
