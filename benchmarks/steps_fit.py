@@ -23,8 +23,8 @@ class Measured:
     decodes: dict[tuple[int, int], float]
     """By requests and context: from a step to the next one."""
     fetches: dict[int, float]
-    """By tokens: from a hand-off to the next token, without that step's own time. None where an
-    engine has no other."""
+    """By tokens: from a hand-off to the next token, without that step's own time. Empty where
+    an engine has no other."""
     block_tokens: int
     kv_tokens: int
     max_step_tokens: int
@@ -104,6 +104,10 @@ def report(measured: Measured, found: Fit) -> str:
         for name, seconds, fitted in points
     ]
     all_costs = {**asdict(times.timing), "first token after a pause": found.wake_s}
-    costs = [(name, f"{1e6 * value:.4g}") for name, value in all_costs.items()]
+    costs = [
+        (name, f"{1e6 * value:.4g}")
+        for name, value in all_costs.items()
+        if measured.fetches or not name.startswith("transfer_")
+    ]
     fits = table(("alone", "ms", "fitted, ms", "error"), rows)
     return f"{fits}\n{table(('cost', 'µs'), costs)}"

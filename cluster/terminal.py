@@ -6,23 +6,40 @@ goes to a log file meanwhile.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+
+class _Shown(io.FileIO):
+    """A terminal may be closed, and a pipe's reader leave. That nothing can be shown any more must
+    neither end what serves nor be in the way of its end."""
+
+    def write(self, data: Buffer) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
 
 
 class Terminal:
     """Stages by key. Safe to call in any order: ending an unknown stage shows nothing."""
 
     def __init__(self) -> None:
-        self._console = Console(file=os.fdopen(os.dup(1), "w"), highlight=False, soft_wrap=True)
+        shown = io.TextIOWrapper(io.BufferedWriter(_Shown(os.dup(1), "w")))
+        self._console = Console(file=shown, highlight=False, soft_wrap=True)
         self._began_s: dict[str, float] = {}
         self._texts: dict[str, str] = {}
         self._bars: dict[str, TaskID] = {}

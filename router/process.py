@@ -73,7 +73,7 @@ _log = logging.getLogger("router")
 
 TICK_S: Final = 0.1
 LONG_PAUSE_S: Final = 1.0
-"""For so long nothing was decided: worth a line, since the edge waits no longer than 3 s."""
+"""Without a look around: worth a line, since the edge waits no longer than 3 s for a ticket."""
 HTTP_AFTER_S: Final = 0.1
 DEFECT_STATUS: Final = 70
 
@@ -156,12 +156,12 @@ class RouterProcess:
         gc.freeze()
 
     async def _tick(self) -> None:
+        ticked_s = time.monotonic()
         while True:
-            slept_s = time.monotonic()
             await asyncio.sleep(TICK_S)
-            slept_s = time.monotonic() - slept_s
-            if slept_s > LONG_PAUSE_S:
-                _log.warning("nothing was decided for %.1f s", slept_s)
+            before_s, ticked_s = ticked_s, time.monotonic()
+            if ticked_s - before_s > LONG_PAUSE_S:
+                _log.warning("the loop stood still for %.1f s", ticked_s - before_s)
             if self._recorder is not None:
                 self._recorder.flush()
             self._read_membership()

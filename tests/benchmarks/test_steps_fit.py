@@ -56,7 +56,10 @@ def test_no_cost_is_below_nothing() -> None:
 
 
 def test_an_engine_without_another_fetches_nothing() -> None:
-    timing = fit(replace(measured(), fetches={})).profile.timing(BLOCK_TOKENS)
+    given = replace(measured(), fetches={})
+    found = fit(given)
+    assert "transfer" not in report(given, found)
+    timing = found.profile.timing(BLOCK_TOKENS)
     assert timing.transfer_base_s == 0
     assert timing.transfer_block_s == pytest.approx(0, abs=1e-9)
 

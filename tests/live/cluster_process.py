@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import psutil
 import yaml
@@ -40,6 +40,8 @@ class BatonServe:
     port: int
     grpc_port: int
     log_path: Path
+    started: ClassVar[list[BatonServe]] = []
+    """Those that this run of the tests has started."""
 
     @classmethod
     def start(cls, config: dict[str, Any], *, env: dict[str, str] | None = None) -> BatonServe:
@@ -61,7 +63,8 @@ class BatonServe:
                 # little the client needs, and may then wait for seconds (autogroup).
                 process_group=0,
             )
-        return cls(process, port, grpc_port, log_path)
+        cls.started.append(cls(process, port, grpc_port, log_path))
+        return cls.started[-1]
 
     @property
     def url(self) -> str:
@@ -73,10 +76,12 @@ class BatonServe:
 
     def last_words(self) -> str:
         """The end of each of its logs: by these a failure can be explained later."""
-        logs = [self.log_path]
-        if found := re.search(r"logs in (\S+)", self.log):
-            logs += sorted(Path(found[1]).rglob("*.log"))
-        return "\n".join(f"--- {log}\n{_tail(log)}" for log in logs)
+        try:
+            found = re.search(r"logs in (\S+)", self.log)
+            logs = sorted(Path(found[1]).rglob("*.log")) if found else []
+            return "\n".join(f"--- {log}\n{_tail(log)}" for log in [self.log_path, *logs])
+        except OSError as error:  # An instance that ends removes them.
+            return f"{error}"
 
     def until_healthy(self) -> float:
         """Wait for /health = 200; returns the seconds it took."""
@@ -163,10 +168,7 @@ class BatonServe:
 
 
 def _tail(log: Path) -> str:
-    try:
-        return "\n".join(log.read_text(errors="replace").splitlines()[-_LINES_TOLD:])
-    except OSError as error:  # An instance that ended removes them.
-        return f"{error}"
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LINES_TOLD:])
 
 
 def _env(process: psutil.Process) -> set[str]:

@@ -21,13 +21,11 @@ MODEL = "tiny"
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Function,
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With a failure, what its clusters have logged: they remove it when they end."""
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure, what the clusters that run have logged: they remove it when they end."""
     report = yield
     if report.failed:
-        clusters = [each for each in item.funcargs.values() if isinstance(each, BatonServe)]
+        clusters = [each for each in BatonServe.started if each.process.poll() is None]
         report.sections += [(f"logs of {each.url}", each.last_words()) for each in clusters]
     return report
 

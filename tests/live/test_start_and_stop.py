@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
+import select
 import signal
 import socket
 import subprocess
 import tempfile
+import termios
 import threading
 import time
 import urllib.error
@@ -20,9 +24,11 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from tests.free_ports import free_port
 from tests.live.cluster_process import (
+    BATON,
     STOP_TIMEOUT_S,
     BatonServe,
     once_settled,
@@ -159,9 +165,18 @@ def test_the_command_that_it_shows_works_as_printed(running: BatonServe) -> None
 
 def test_its_processes_share_one_session(running: BatonServe) -> None:
     """On a busy machine one with a session of its own may wait for a core for seconds."""
-    sessions = {p.pid: os.getsid(p.pid) for p in running.processes()}
-    assert len(sessions) > 10
-    assert set(sessions.values()) == {os.getsid(running.process.pid)}, sessions
+    session = os.getsid(running.process.pid)
+    processes = running.processes()
+    assert len(processes) > 10
+    assert [p.cmdline() for p in processes if p.is_running() and session_of(p) != session] == []
+
+
+def session_of(process: psutil.Process) -> int | None:
+    """None if it has ended."""
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 # Ports
@@ -366,7 +381,7 @@ def test_ctrl_c_before_its_first_line_leaves_nothing(
     press_ctrl_c(serve)
     serve.process.wait(STOP_TIMEOUT_S)
     print(f"ended with {serve.process.returncode} after {time.monotonic() - began_s:.1f} s")
-    until(lambda: session(serve.process.pid) == [], STOP_TIMEOUT_S, "its session is empty")
+    until(lambda: group(serve.process.pid) == [], STOP_TIMEOUT_S, "its group is empty")
     if "instance" in serve.log:
         assert_nothing_is_left(Instance.of(serve), [], began_s, "Ctrl-C at once")
 
@@ -393,16 +408,62 @@ def test_ctrl_c_while_it_makes_its_directories_leaves_nothing(
     assert not directory.exists()
 
 
-def session(leader: int) -> list[int]:
-    """Pids of the processes that a process started in its session."""
+def group(leader: int) -> list[int]:
+    """Pids of the processes that a process started in its group."""
     members = []
     for pid in psutil.pids():
         try:
-            if os.getsid(pid) == leader:
+            if os.getpgid(pid) == leader:
                 members.append(pid)
         except ProcessLookupError:
             continue
     return members
+
+
+class Terminal:
+    """A window that was opened for `baton serve` alone: its session's leader."""
+
+    def __init__(self, config: Path) -> None:
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [str(BATON), "serve", "--config", str(config)],
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(theirs)
+        self.shown = ""
+
+    def until_shown(self, text: str, limit_s: float) -> None:
+        deadline_s = time.monotonic() + limit_s
+        while text not in self.shown:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            readable, _, _ = select.select([self._ours], [], [], left_s)
+            assert readable, self.shown
+            self.shown += os.read(self._ours, 65_536).decode(errors="replace")
+
+    def close(self) -> None:
+        """Which its leader is told by SIGHUP; nothing more can be shown."""
+        os.close(self._ours)
+
+
+def test_a_terminal_that_is_closed_leaves_nothing(short_directory: Path) -> None:
+    config = short_directory / "baton.yaml"
+    ports = {"http": {"port": free_port()}, "grpc": {"port": free_port()}}
+    config.write_text(yaml.safe_dump({"engine": "simulated", **ports}))
+    terminal = Terminal(config)
+    try:
+        terminal.until_shown("Ctrl-C stops it", 120)
+        found = re.search(r"instance (\w+), logs in (\S+)", terminal.shown)
+        assert found is not None, terminal.shown
+        instance = Instance(found[1], Path(found[2]))
+        seen = instance.processes()
+        assert len(seen) > 10
+        began_s = time.monotonic()
+        terminal.close()
+        assert terminal.process.wait(STOP_TIMEOUT_S) == 0
+        assert_nothing_is_left(instance, seen, began_s, "closed terminal")
+    finally:
+        terminal.process.kill()
 
 
 @pytest.mark.slow
