@@ -3,8 +3,8 @@
 On the tiny model, through `baton serve`, where they share the machine with all that stands in
 requests' path, and with another engine where prompts are handed over: prompts alone, by length,
 each after a pause; steps that decode, by requests and context; fetches of a prompt's state by
-another engine. Each point is a median. Costs of the
-simulated engine's model are fitted to them, by least squares of relative errors. Prints Markdown.
+another engine. Each point is a median. Costs of the simulated engine's model are fitted to them, by
+least squares of relative errors. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure(link_s: float, prefill: int, repeats: int = REPEATS) -> Measured:
     """With an instance of its own, of so many prefill workers and one decode worker: what an engine
     takes depends on what stands beside it. `link_s`: from router to engine, one way, which is not
     the engine's."""
-    fetches = {}
+    fetches: dict[int, float] = {}
     with serving(_configuration(prefill)) as baton:
         # The first fetch shakes hands.
         moments(baton, _WARM_UP, _WARM_UP_TOKENS, output_tokens=4)
