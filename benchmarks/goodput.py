@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple
 
 from benchmarks import shared_files
 from benchmarks.goodput_store import Cell, Store, code_digest
-from benchmarks.report import table
+from benchmarks.report import interval, table
 from benchmarks.workloads import LARGE, WORKLOADS
 from engine.profiles import PROFILES
 from router.core.costs import Slo
@@ -226,7 +226,7 @@ def _rows(
                     prefill = made["prefill"]
             if found:
                 by_seed[policy] = found
-                texts[policy] = f"{_interval(list(found.values()))} ({prefill})"
+                texts[policy] = f"{interval(list(found.values()))} ({prefill})"
         ours = by_seed.pop(OURS, {})
         ratios = [_ratio(ours, peer) for peer in by_seed.values() if ours.keys() & peer.keys()]
         if ratios:
@@ -240,18 +240,6 @@ def _ratio(ours: dict[int, float], peer: dict[int, float]) -> float:
     seeds = ours.keys() & peer.keys()
     theirs = sum(peer[seed] for seed in seeds)
     return sum(ours[seed] for seed in seeds) / theirs if theirs else math.inf
-
-
-_T_95: Final = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Student's t for a 95 % interval, by the number of seeds."""
-
-
-def _interval(values: list[float]) -> str:
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.3g}"
-    half = _T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.3g} ± {half:.2g}"
 
 
 def work_all(store: Store, given: argparse.Namespace, wanted: Wanted) -> None:

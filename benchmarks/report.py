@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -18,6 +19,19 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """`median (min to max)`."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+_T_95: Final = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Student's t for a 95 % interval, by the number of values."""
+
+
+def interval(values: Sequence[float], form: str = ".3g", half_form: str = ".2g") -> str:
+    """`mean ± half of the 95 % interval`; of a single value it alone."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:{form}}"
+    half = _T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:{form}} ± {half:{half_form}}"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from benchmarks.cpu import CpuMeter
-from benchmarks.report import spread, table
+from benchmarks.report import interval, spread, table
 from benchmarks.targets import AGGREGATED, DISAGGREGATED, PLAIN, Summary, targets
 
 BUSY = "while True: pass"
@@ -25,6 +25,13 @@ PLAIN_SUMMARY = Summary(
 def test_a_spread_is_the_median_with_both_ends() -> None:
     assert spread([3.0, 1.0, 2.25]) == "2.2 (1.0 to 3.0)"
     assert spread([1999.6], 0) == "2,000 (2,000 to 2,000)"
+
+
+def test_an_interval_is_students() -> None:
+    # Of 1, 2 and 3: a standard deviation of 1 and t of 4.30, over the root of 3.
+    assert interval([1.0, 2.0, 3.0]) == "2 ± 2.5"
+    assert interval([0.01, 0.02, 0.03], ".1%", ".1%") == "2.0% ± 2.5%"
+    assert interval([1.25]) == "1.25"
 
 
 def test_a_table_is_markdown() -> None:
