@@ -1,9 +1,9 @@
 """One workload on both sides: live, through a `baton serve` of its own, and simulated.
 
-Boundary: a scenario and its requests in, what clients saw out. Of the live system the simulation is
-told what the configuration says, the engine's profile, and three times that are measured beside the
-run, on requests that are alone: from a client to the router, from the router to an engine and from
-there to the client.
+Boundary: what to run and its requests in, what clients saw out. Of the live system the simulation
+is told what the configuration says, the engine's profile, and three times that are measured beside
+the run, on requests that are alone: from a client to the router, from the router to an engine and
+from there to the client.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from random import Random
 from typing import Any, Final, NamedTuple
 
@@ -30,7 +29,7 @@ from engine.latency_model import StepTimes, StepWork
 from router.core.costs import Slo
 from router.core.events import End, Ended
 from router.core.joint import JointPlacement
-from router.core.placement import LeastPredictedWork, Placement, Reason
+from router.core.placement import Placement, Reason
 from simulator.cluster import Cluster, Layout
 from simulator.experiment import engines_of
 from simulator.traces import TracedRequest
@@ -44,50 +43,28 @@ _WARM_UP_SALT: Final = 1_000_000
 _SPLIT: Final = (Reason.SPLIT_COSTS_LESS, Reason.LONG_PROMPT)
 
 
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """What is compared."""
-
-    name: str
-    layout: Layout
-    """Its times of links are measured."""
-    engine: str
-    """As the configuration names it."""
-    always_split: bool = False
-    """Every request is handed over; else the default policy decides."""
-    profile_file: Path | None = None
-    """What the router's predictions start from, of engines that are not simulated."""
-
-    def configuration(self) -> dict[str, Any]:
-        """Of `baton serve`."""
-        layout, profile = self.layout, self.layout.profile
-        config: dict[str, Any] = {
-            "engine": self.engine,
-            "prefill": {"replicas": layout.prefill},
-            "decode": {"replicas": layout.decode},
-        }
-        if self.always_split:
-            config["router"] = {"policy": "least_predicted_work", "local_prefill_max_tokens": 0}
-        if self.profile_file is not None and not self.always_split:
-            config["router"] = {"engine_profile": str(self.profile_file)}
-        if self.engine == "simulated":
-            config["simulated"] = asdict(profile.timing(layout.block_tokens))
-        config["engine_args"] = {
+def simulated_engines(layout: Layout) -> dict[str, Any]:
+    """The configuration of a `baton serve` with such engines, and the default policy."""
+    profile = layout.profile
+    return {
+        "engine": "simulated",
+        "prefill": {"replicas": layout.prefill},
+        "decode": {"replicas": layout.decode},
+        "simulated": asdict(profile.timing(layout.block_tokens)),
+        "engine_args": {
             "block_size": layout.block_tokens,
             "num_gpu_blocks_override": profile.kv_tokens // layout.block_tokens,
             "max_model_len": profile.max_model_len_tokens,
             "max_num_seqs": profile.max_running_requests,
             "max_num_batched_tokens": profile.max_step_tokens,
-        }
-        return config
+        },
+    }
 
-    def placement(self, seed: int) -> Placement:
-        """The live router's."""
-        tie_break = Random(seed).randrange
-        if self.always_split:
-            return LeastPredictedWork(tie_break)
-        slo = Slo(UNPROMISED_TTFT_MS / 1000, UNPROMISED_TPOT_MS / 1000)
-        return JointPlacement(tie_break, engines_of(self.layout), slo)
+
+def default_placement(layout: Layout, seed: int) -> Placement:
+    """The policy of a router before such engines that is told nothing else."""
+    slo = Slo(UNPROMISED_TTFT_MS / 1000, UNPROMISED_TPOT_MS / 1000)
+    return JointPlacement(Random(seed).randrange, engines_of(layout), slo)
 
 
 class Hops(NamedTuple):
@@ -119,9 +96,14 @@ class LiveRun(NamedTuple):
         return split_share(self.reasons)
 
 
-def run_live(scenario: Scenario, requests: Sequence[TracedRequest], prioritised: bool) -> LiveRun:
-    """On an instance of its own. Raises RuntimeError unless every request was served whole."""
-    with serving(scenario.configuration()) as baton:
+def run_live(
+    configuration: dict[str, Any], requests: Sequence[TracedRequest], prioritised: bool = False,
+    look: Callable[[Serving], None] = lambda baton: None,
+) -> LiveRun:  # fmt: skip
+    """On an instance of its own, which is looked at before and after. Raises RuntimeError unless
+    every request was served whole."""
+    with serving(configuration) as baton:
+        look(baton)
         groups = _path_of(baton)
         with _priority(groups, prioritised):
             play(baton.port, _warm_up(requests), _WARM_UP_SALT)
@@ -129,6 +111,7 @@ def run_live(scenario: Scenario, requests: Sequence[TracedRequest], prioritised:
             served = play(baton.port, requests)
             use = meter.read()
         seen, reasons = _records(baton, served)
+        look(baton)
     own_s = sum(use.cpu_s.values())
     engines = "engine" if "engine" in groups else "workers"
     waited_s = use.waited_s[engines]
@@ -139,13 +122,12 @@ def run_live(scenario: Scenario, requests: Sequence[TracedRequest], prioritised:
     )  # fmt: skip
 
 
-def measure_hops(scenario: Scenario, prompt_tokens: int, prioritised: bool) -> Hops:
+def measure_hops(layout: Layout, prompt_tokens: int, prioritised: bool) -> Hops:
     """With simulated engines, whose own time is known: what a first token takes beside it."""
-    layout = scenario.layout
     work = StepWork()
     work.add_prefill(prompt_tokens, context_tokens=0)
     step_s = StepTimes(layout.profile.timing(layout.block_tokens)).step_s(work)
-    with serving(scenario.configuration()) as baton, _priority(_path_of(baton), prioritised):
+    with serving(simulated_engines(layout)) as baton, _priority(_path_of(baton), prioritised):
         moments(baton, _WARM_UP, prompt_tokens=16, output_tokens=2)
         times = moments(baton, _ALONE, prompt_tokens, output_tokens=2, pause_s=PAUSE_S)
 
@@ -159,12 +141,11 @@ def measure_hops(scenario: Scenario, prompt_tokens: int, prioritised: bool) -> H
 
 
 def run_simulated(
-    scenario: Scenario, hops: Hops, requests: Sequence[TracedRequest], seed: int
+    layout: Layout, placement: Placement, hops: Hops, requests: Sequence[TracedRequest]
 ) -> tuple[Seen, Counter[str]]:
     """The same requests; with the reasons of placements."""
     ends: list[Ended] = []
-    layout = replace(scenario.layout, **hops._asdict())
-    cluster = Cluster(layout, [scenario.placement(seed)], ends.append)
+    cluster = Cluster(replace(layout, **hops._asdict()), [placement], ends.append)
     cluster.run(requests)
     assert all(each.end is End.COMPLETE for each in ends)
     cached = sum(worker.cached_tokens for worker in cluster.workers.values())

@@ -16,29 +16,30 @@ other, and tokens come in bursts. Prints Markdown.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Final
 
-import yaml
-
-from benchmarks import engine_steps
+from benchmarks.engine_steps import configuration, measure
 from benchmarks.fidelity import Bounds, Pair, compare, compared_table
 from benchmarks.fidelity_runs import (
     Hops,
     LiveRun,
-    Scenario,
+    default_placement,
     measure_hops,
     run_live,
     run_simulated,
+    simulated_engines,
     split_share,
 )
 from benchmarks.report import machine, spread, table
-from benchmarks.steps_fit import fit
+from benchmarks.serving import Serving
+from benchmarks.steps_fit import Measured, fit, mean
 from benchmarks.steps_fit import report as fit_report
-from engine.profiles import PROFILES, EngineProfile
+from engine.profiles import PROFILES
+from router.core.placement import LeastPredictedWork, Placement
 from simulator.cluster import Layout
 from simulator.traces import TracedRequest
 from simulator.workloads import Wish, grouped
@@ -48,11 +49,9 @@ RUNS: Final = 3
 
 SIMULATED_PROFILE: Final = replace(PROFILES["llama-3.1-70b-h100x4"], max_model_len_tokens=16_384)
 """Its steps are long enough that two cores carry four engines, a router and a client."""
-SIMULATED: Final = Scenario(
-    "2 prefill and 2 decode workers, simulated engines (Llama-3.1-70B on 4 H100s each)",
-    Layout(SIMULATED_PROFILE, prefill=2, decode=2, block_tokens=128),
-    engine="simulated",
-)
+SIMULATED: Final = Layout(SIMULATED_PROFILE, prefill=2, decode=2, block_tokens=128)
+COSTS_REPEATS: Final = 8
+"""Of each point, before a run with real engines and after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,26 +85,39 @@ SIMULATED_BOUNDS: Final = Bounds(share=0.10, points=3)
 TINY_LOW: Final = Load(2, 40, shared_tokens=512, own_tokens=300, output_tokens=40)
 TINY_MEDIUM: Final = replace(TINY_LOW, rate_rps=6)
 TINY_SPARSE: Final = replace(TINY_LOW, rate_rps=1, duration_s=60, output_tokens=10)
-"""So little that a prompt is seldom computed while the other engine decodes: the simulator knows
-nothing of cores that engines share."""
+"""So little that a prompt is seldom computed while the other engine decodes."""
+TINY_LAYOUTS: Final = {
+    0: "1 worker for both, real vLLM",
+    1: "1 prefill and 1 decode worker, real vLLM, every request handed over",
+}
+"""By prefill workers."""
 TINY_QUICK: Final = replace(TINY_MEDIUM, duration_s=15)
 TINY_BOUNDS: Final = Bounds(share=0.20, points=3)
 
 
-def compared(
-    scenario: Scenario, load: Load, hops: Hops, bounds: Bounds, runs: int, prioritised: bool
-) -> str:
-    """Markdown: one scenario under one load."""
-    pairs, lives, shares = [], [], []
-    for seed in range(1, runs + 1):
-        requests = load.requests(seed)
-        live = run_live(scenario, requests, prioritised)
-        simulated, reasons = run_simulated(scenario, hops, requests, seed)
-        pairs.append(Pair(live.seen, simulated))
-        lives.append(live)
-        shares.append(split_share(reasons))
-    measures = compared_table(compare(pairs, bounds))
-    return "\n".join([f"### {load.name}\n", measures, conditions(lives, shares)])
+class Runs:
+    """Runs under one load, live and simulated."""
+
+    def __init__(self) -> None:
+        self._pairs: list[Pair] = []
+        self._lives: list[LiveRun] = []
+        self._split: list[float] = []
+        """Of the simulated runs."""
+
+    def add(
+        self, live: LiveRun, layout: Layout, placement: Placement, hops: Hops,
+        requests: Sequence[TracedRequest],
+    ) -> None:  # fmt: skip
+        """A live run; the simulated one is made of the same requests."""
+        simulated, reasons = run_simulated(layout, placement, hops, requests)
+        self._pairs.append(Pair(live.seen, simulated))
+        self._lives.append(live)
+        self._split.append(split_share(reasons))
+
+    def report(self, load: Load, bounds: Bounds) -> str:
+        """Markdown."""
+        measures = compared_table(compare(self._pairs, bounds))
+        return "\n".join([f"### {load.name}\n", measures, conditions(self._lives, self._split)])
 
 
 def conditions(lives: Sequence[LiveRun], simulated_shares: Sequence[float]) -> str:
@@ -129,48 +141,75 @@ def hops_table(hops: Hops, prompt_tokens: int) -> str:
     return table((heading, "ms"), zip(names, cells, strict=True))
 
 
-def simulated_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
+def with_simulated_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
     """Parts of the report, as they are known."""
-    yield f"## {SIMULATED.name}"
+    yield "## 2 prefill and 2 decode workers, simulated engines (Llama-3.1-70B on 4 H100s each)"
     prompt_tokens = MEDIUM.shared_tokens + MEDIUM.own_tokens
     hops = measure_hops(SIMULATED, prompt_tokens, prioritised)
     yield hops_table(hops, prompt_tokens)
     for load in (QUICK,) if quick else (MEDIUM, HIGH):
-        yield compared(SIMULATED, load, hops, SIMULATED_BOUNDS, runs, prioritised)
+        compared = Runs()
+        for seed in range(1, runs + 1):
+            requests = load.requests(seed)
+            live = run_live(simulated_engines(SIMULATED), requests, prioritised)
+            compared.add(live, SIMULATED, default_placement(SIMULATED, seed), hops, requests)
+        yield compared.report(load, SIMULATED_BOUNDS)
 
 
-def real_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
-    """Likewise."""
+def with_real_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
+    """Likewise. What engines take is measured in each run's own instance, before the load and
+    after it: the machine's pace changes within minutes."""
     yield "## The tiny model on this machine's CPU, real vLLM engines"
     prompt_tokens = TINY_LOW.shared_tokens + TINY_LOW.own_tokens
     hops = measure_hops(SIMULATED, prompt_tokens, prioritised)
     yield hops_table(hops, prompt_tokens)
-    for prefill in (0, 1):
-        engine = engine_steps.measure(hops.link_s, prefill)
-        found = fit(engine)
-        # Of every request, though not every one comes to an engine that has idled.
-        woken = hops._replace(front_in_s=hops.front_in_s + found.wake_s)
-        with tempfile.TemporaryDirectory(prefix="baton-bench-") as directory:
-            file = Path(directory) / "profile.yaml"
-            file.write_text(yaml.safe_dump(asdict(found.profile.timing(engine.block_tokens))))
-            scenario = tiny_scenario(found.profile, engine.block_tokens, file, prefill)
-            yield f"## {scenario.name}"
-            yield fit_report(engine, found)
-            loads = [TINY_SPARSE] if scenario.always_split else []
-            for load in [TINY_QUICK] if quick else [*loads, TINY_LOW, TINY_MEDIUM]:
-                yield compared(scenario, load, woken, TINY_BOUNDS, runs, prioritised=False)
+    for prefill, name in TINY_LAYOUTS.items():
+        yield f"## {name}"
+        loads = [TINY_SPARSE] if prefill else []
+        costs: list[Measured] = []
+        for load in [TINY_QUICK] if quick else [*loads, TINY_LOW, TINY_MEDIUM]:
+            compared = Runs()
+            for seed in range(1, runs + 1):
+                costs.append(add_real(compared, prefill, load.requests(seed), hops, seed))
+            yield compared.report(load, TINY_BOUNDS) + "\n" + costs_table(costs[-runs:])
+        yield f"Engines' times, means of all runs\n\n{fit_report(mean(costs))}"
 
 
-def tiny_scenario(profile: EngineProfile, block_tokens: int, file: Path, prefill: int) -> Scenario:
-    """One worker for all, or every request handed over."""
-    name = "1 worker for both, real vLLM"
-    if prefill:
-        name = "1 prefill and 1 decode worker, real vLLM, every request handed over"
-    layout = Layout(profile, prefill=prefill, decode=1, block_tokens=block_tokens)
-    return Scenario(name, layout, engine="vllm", profile_file=file, always_split=bool(prefill))
+def add_real(
+    compared: Runs, prefill: int, requests: Sequence[TracedRequest], hops: Hops, seed: int
+) -> Measured:
+    """A run with real engines, and its simulation. Returns what these took."""
+    looks: list[Measured] = []
+
+    def look(baton: Serving) -> None:
+        looks.append(measure(baton, hops.link_s, COSTS_REPEATS, salt=len(looks)))
+
+    live = run_live(configuration(prefill), requests, look=look)
+    costs = mean(looks)
+    found = fit(costs)
+    layout = Layout(
+        found.profile, prefill, decode=1, block_tokens=costs.block_tokens,
+        contention=found.contention,
+    )  # fmt: skip
+    # Of every request, though not every one comes to an engine that has idled.
+    woken = hops._replace(front_in_s=hops.front_in_s + found.wake_s)
+    compared.add(live, layout, LeastPredictedWork(Random(seed).randrange), woken, requests)
+    return costs
 
 
-PARTS: Final = {"simulated": simulated_engines, "vllm": real_engines}
+def costs_table(costs: Sequence[Measured]) -> str:
+    """By how much the machine's pace differs between runs."""
+    fits = [fit(each) for each in costs]
+    rows = [
+        ("prompt of 1,024 tokens alone, ms", spread([1e3 * each.prompts[1024] for each in costs])),
+        ("step of 1 x 1,024 tokens, ms", spread([1e3 * each.decodes[1, 1024] for each in costs])),
+    ]
+    if contentions := [each.contention for each in fits if each.contention is not None]:
+        rows.append(("a step while the other engine computes, times", spread(contentions, 2)))
+    return table(("costs, of each run", ""), rows)
+
+
+PARTS: Final = {"simulated": with_simulated_engines, "vllm": with_real_engines}
 
 
 def main() -> None:

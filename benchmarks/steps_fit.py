@@ -5,13 +5,17 @@ An engine that has idled takes longer to a first token than its steps do: that i
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple, TypeVar
 
 from benchmarks.engine_model import least_squares
 from benchmarks.report import table
 from engine.latency_model import StepTimes, StepWork
 from engine.profiles import EngineProfile
+
+_Point = TypeVar("_Point")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class Measured:
     fetches: dict[int, float]
     """By tokens: from a hand-off to the next token, without that step's own time. Empty where
     an engine has no other."""
+    beside: dict[int, float]
+    """By tokens: as `prompts`, while the other engine decodes. Empty where an engine has none."""
     block_tokens: int
     kv_tokens: int
     max_step_tokens: int
@@ -38,6 +44,24 @@ class Fit(NamedTuple):
     profile: EngineProfile
     wake_s: float
     """What a first token of an engine that has idled takes beside its step."""
+    contention: float | None
+    """As many times as long a step takes while the other engine computes; None without another."""
+
+
+def mean(measured: Sequence[Measured]) -> Measured:
+    """Of measurements of the same points."""
+    first, *_ = measured
+    return replace(
+        first,
+        prompts=_means([each.prompts for each in measured]),
+        decodes=_means([each.decodes for each in measured]),
+        fetches=_means([each.fetches for each in measured]),
+        beside=_means([each.beside for each in measured]),
+    )
+
+
+def _means(found: Sequence[Mapping[_Point, float]]) -> dict[_Point, float]:
+    return {point: statistics.fmean(each[point] for each in found) for point in found[0]}
 
 
 def fit(measured: Measured) -> Fit:
@@ -60,7 +84,12 @@ def fit(measured: Measured) -> Fit:
         kv_tokens_reported=measured.kv_tokens,
         link_bytes_s=1 / max(token_s, 1e-12), transfer_base_s=base_s,
     )  # fmt: skip
-    return Fit(profile, wake_s)
+    times = StepTimes(profile.timing(measured.block_tokens))
+    ratios = [
+        (seconds - wake_s) / times.step_s(_prompt_work(tokens))
+        for tokens, seconds in measured.beside.items()
+    ]
+    return Fit(profile, wake_s, max(1.0, statistics.fmean(ratios)) if ratios else None)
 
 
 def _prompt_work(tokens: int) -> StepWork:
@@ -84,8 +113,9 @@ def _terms(work: StepWork) -> list[float]:
     ]  # fmt: skip
 
 
-def report(measured: Measured, found: Fit) -> str:
+def report(measured: Measured) -> str:
     """Markdown: every point beside the fit, and the costs."""
+    found = fit(measured)
     times = StepTimes(found.profile.timing(measured.block_tokens))
     points = [
         (f"prompt of {tokens} tokens", seconds, found.wake_s + times.step_s(_prompt_work(tokens)))
@@ -99,6 +129,13 @@ def report(measured: Measured, found: Fit) -> str:
         (f"fetch of {n} tokens", seconds, times.transfer_s(-(-n // measured.block_tokens)))
         for n, seconds in measured.fetches.items()
     ]
+    points += [
+        (
+            f"prompt of {tokens} tokens while the other engine decodes", seconds,
+            found.wake_s + (found.contention or 1.0) * times.step_s(_prompt_work(tokens)),
+        )
+        for tokens, seconds in measured.beside.items()
+    ]  # fmt: skip
     rows = [
         (name, f"{1e3 * seconds:.2f}", f"{1e3 * fitted:.2f}", f"{fitted / seconds - 1:+.0%}")
         for name, seconds, fitted in points

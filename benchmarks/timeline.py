@@ -45,11 +45,13 @@ def timelines(baton: Serving, requests: int, prompt_tokens: int, output_tokens: 
 
 
 def moments(
-    baton: Serving, requests: int, prompt_tokens: int, output_tokens: int, pause_s: float = 0.0
-) -> list[dict[str, float]]:
+    baton: Serving, requests: int, prompt_tokens: int, output_tokens: int, pause_s: float = 0.0,
+    salt: str = "",
+) -> list[dict[str, float]]:  # fmt: skip
     """Of requests one after the other, by the names in `STAGES`: when what was reached, in seconds.
-    Each has a prompt of its own, and comes so long after the one before is over."""
-    rng = random.Random(prompt_tokens)
+    Each has a prompt of its own, and comes so long after the one before is over. What was asked
+    with another salt has none of these prompts."""
+    rng = random.Random(f"{salt} {prompt_tokens}")
     times: list[dict[str, float]] = []
     for _ in range(requests):
         prompt = rng.choices(range(_VOCABULARY_FROM, _VOCABULARY_TO), k=prompt_tokens)

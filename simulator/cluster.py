@@ -71,6 +71,9 @@ class Layout:
     """Back to the client."""
     prefill_profile: EngineProfile | None = None
     """Of the prefill pool, if its engines are others."""
+    contention: float | None = None
+    """Of engines that share cores or a GPU: as many times as long a step takes that begins while
+    another computes."""
 
     def profile_of(self, role: Role) -> EngineProfile:
         """Of a pool's engines. A transfer is as fast as the slower of its ends."""
@@ -265,11 +268,18 @@ class Cluster:
     # The workers
 
     def _wake(self, now_s: float, worker: SimulatedWorker) -> None:
-        due_s = worker.next_s(now_s)
+        due_s = worker.next_s(now_s, self._pace(worker))
         if due_s != self._due_s[worker.id]:
             self._due_s[worker.id] = due_s
             if due_s is not None:
                 self._at(due_s, lambda at_s: self._due(at_s, worker))
+
+    def _pace(self, worker: SimulatedWorker) -> float | None:
+        """As many times as long as alone its next step takes; None if that never changes."""
+        if (contention := self._layout.contention) is None:
+            return None
+        others = (each for each in self.workers.values() if each is not worker)
+        return contention if any(each.computing for each in others) else 1.0
 
     def _due(self, now_s: float, worker: SimulatedWorker) -> None:
         if self._due_s[worker.id] != now_s:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks.steps_fit import Measured, fit, report
+from benchmarks.steps_fit import Measured, fit, mean, report
 from engine.latency_model import StepTimes, StepWork
 from engine.spec import SimulatedTiming
 
@@ -18,16 +18,17 @@ TIMING = SimulatedTiming(
 
 
 WAKE_S = 5e-3
+CONTENTION = 1.5
 
 
 def measured(transfer_base_s: float = TIMING.transfer_base_s) -> Measured:
     """Engines that are just as the model."""
     times = StepTimes(TIMING)
 
-    def prompt_s(tokens: int) -> float:
+    def prompt_s(tokens: int, slower: float = 1.0) -> float:
         work = StepWork()
         work.add_prefill(tokens, 0)
-        return WAKE_S + times.step_s(work)
+        return WAKE_S + slower * times.step_s(work)
 
     def decode_s(requests: int, context_tokens: int) -> float:
         return times.step_s(
@@ -38,15 +39,17 @@ def measured(transfer_base_s: float = TIMING.transfer_base_s) -> Measured:
         prompts={tokens: prompt_s(tokens) for tokens in (128, 512, 2048)},
         decodes={each: decode_s(*each) for each in ((1, 128), (1, 4096), (8, 512), (16, 128))},
         fetches={blocks * BLOCK_TOKENS: transfer_base_s + blocks * 1e-3 for blocks in (1, 4, 16)},
+        beside={512: prompt_s(512, CONTENTION)},
         block_tokens=BLOCK_TOKENS, kv_tokens=100_000, max_step_tokens=4096,
         max_running_requests=256, max_model_len_tokens=8192,
     )  # fmt: skip
 
 
 def test_the_model_is_found_again() -> None:
-    fitted, wake_s = fit(measured())
+    fitted, wake_s, contention = fit(measured())
     found = asdict(fitted.timing(BLOCK_TOKENS))
     assert wake_s == pytest.approx(WAKE_S)
+    assert contention == pytest.approx(CONTENTION)
     assert found == pytest.approx(asdict(TIMING))
     assert (fitted.kv_tokens, fitted.max_step_tokens) == (100_000, 4096)
 
@@ -56,16 +59,31 @@ def test_no_cost_is_below_nothing() -> None:
 
 
 def test_an_engine_without_another_fetches_nothing() -> None:
-    given = replace(measured(), fetches={})
+    given = replace(measured(), fetches={}, beside={})
     found = fit(given)
-    assert "transfer" not in report(given, found)
+    assert found.contention is None
+    assert "transfer" not in report(given)
     timing = found.profile.timing(BLOCK_TOKENS)
     assert timing.transfer_base_s == 0
     assert timing.transfer_block_s == pytest.approx(0, abs=1e-9)
 
 
+def test_what_is_seldom_slower_is_not_taken_to_be_quicker() -> None:
+    assert fit(replace(measured(), beside={512: WAKE_S})).contention == 1
+
+
+def test_measurements_are_averaged_point_by_point() -> None:
+    one = measured()
+    other = replace(one, prompts={tokens: 3 * took_s for tokens, took_s in one.prompts.items()})
+    both = mean([one, other])
+    assert both.prompts == pytest.approx({n: 2 * took_s for n, took_s in one.prompts.items()})
+    assert (both.decodes, both.fetches) == (pytest.approx(one.decodes), pytest.approx(one.fetches))
+
+
 def test_the_report_holds_each_point_beside_its_fit() -> None:
     given = measured()
-    text = report(given, fit(given))
+    text = report(given)
     assert "| step of 16 x 128 tokens | 3.70 | 3.70 | " in text
+    # 5 ms and one and a half times 2 + 512 x 0.02 + 512 x 256 x 5e-6.
+    assert "| prompt of 512 tokens while the other engine decodes | 24.34 | 24.34 | " in text
     assert "| fetch of 512 tokens | 11.00 | 11.00 | " in text

@@ -11,7 +11,13 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.fidelity import Bounds, Pair, compare, compared_table
-from benchmarks.fidelity_runs import Hops, run_live, run_simulated
+from benchmarks.fidelity_runs import (
+    Hops,
+    default_placement,
+    run_live,
+    run_simulated,
+    simulated_engines,
+)
 from benchmarks.live_fidelity import SIMULATED, Load
 
 SLOWER = 5
@@ -24,10 +30,10 @@ BOUNDS = Bounds(share=0.25, points=3)
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny_model")
 def test_live_clients_see_what_the_simulator_says() -> None:
-    layout = replace(SIMULATED.layout, profile=SIMULATED.layout.profile.slower(SLOWER))
-    scenario, requests = replace(SIMULATED, layout=layout), LOAD.requests(seed=1)
-    live = run_live(scenario, requests, prioritised=False)
-    simulated, _ = run_simulated(scenario, HOPS, requests, seed=1)
+    layout = replace(SIMULATED, profile=SIMULATED.profile.slower(SLOWER))
+    requests = LOAD.requests(seed=1)
+    live = run_live(simulated_engines(layout), requests)
+    simulated, _ = run_simulated(layout, default_placement(layout, 1), HOPS, requests)
     compared = compare([Pair(live.seen, simulated)], BOUNDS)
     print(compared_table(compared))
     p90s = [each for each in compared if "p90" in each.name]

@@ -131,6 +131,19 @@ def traced(asked: list[tuple[float, int, int, int]]) -> Iterator[TracedRequest]:
         yield TracedRequest(at_s, prompt, output, blocks)
 
 
+@pytest.mark.parametrize(("requests", "slower"), [(1, 1.0), (2, 3.0)])
+def test_engines_that_share_cores_slow_each_other_down(requests: int, slower: float) -> None:
+    asked = [TracedRequest(0.0, 512, 200, ())] * requests
+    alone = serve(LAYOUTS[0], asked)
+    sharing = serve(replace(LAYOUTS[0], contention=3.0), asked)
+    for before, after in zip(alone, sharing, strict=True):
+        assert before.time_per_output_token_s is not None
+        assert after.time_per_output_token_s is not None
+        took = after.time_per_output_token_s / before.time_per_output_token_s
+        # A step that begins while the other is between two of its own is not slowed down.
+        assert 0.8 * slower <= took <= slower + 1e-9
+
+
 def test_one_that_no_cache_holds_is_refused_and_the_rest_served() -> None:
     ends = serve(LAYOUTS[0], [TracedRequest(0.0, 500_000, 1), TracedRequest(0.1, 10, 3)])
     assert [each.end for each in ends] == [End.FAILED, End.COMPLETE]
