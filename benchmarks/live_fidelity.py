@@ -99,7 +99,7 @@ class Runs:
     """Runs under one load, live and simulated."""
 
     def __init__(self) -> None:
-        self._pairs: list[Pair] = []
+        self.pairs: list[Pair] = []
         self._lives: list[LiveRun] = []
         self._split: list[float] = []
         """Of the simulated runs."""
@@ -110,13 +110,13 @@ class Runs:
     ) -> None:  # fmt: skip
         """A live run; the simulated one is made of the same requests."""
         simulated, reasons = run_simulated(layout, placement, hops, requests)
-        self._pairs.append(Pair(live.seen, simulated))
+        self.pairs.append(Pair(live.seen, simulated))
         self._lives.append(live)
         self._split.append(split_share(reasons))
 
     def report(self, load: Load, bounds: Bounds) -> str:
         """Markdown."""
-        measures = compared_table(compare(self._pairs, bounds))
+        measures = compared_table(compare(self.pairs, bounds))
         return "\n".join([f"### {load.name}\n", measures, conditions(self._lives, self._split)])
 
 
