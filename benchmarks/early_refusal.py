@@ -3,7 +3,8 @@
 For each workload and split (Llama-3.1-8B on 8 H100s, `benchmarks.workloads`): the highest rate at
 which 90 % are served as promised with Baton, and at twice that rate what becomes of the requests
 with Baton (SEEDS cuts) and with its peers (PEER_SEEDS of them): means, and where there are several
-cuts 95 % intervals. Late: of those that were let in, the share that missed an SLO.
+cuts 95 % intervals. Late: of those that were let in, the share that missed an SLO, and in brackets
+the least and the most of a cut.
 
 Where prompts and tokens are made by different engines, refusing by what is there *now* makes the
 two pools full in turns (Mooncake, FAST'25, section 6.3): while many prompts wait, the decode pool
@@ -142,11 +143,12 @@ def rows(
 
 
 def shares(measured: Sequence[Measurement]) -> tuple[str, str, str]:
-    """Served as promised, refused, late."""
+    """Served as promised, refused; late, with its range."""
+    late = [each.late for each in measured]
     return (
         interval([each.attainment for each in measured], ".1%", ".1%"),
         interval([each.refused / each.requests for each in measured], ".1%", ".1%"),
-        interval([each.late for each in measured], ".2%", ".2%"),
+        f"{interval(late, '.2%', '.2%')} ({min(late):.2%} to {max(late):.2%})",
     )
 
 
