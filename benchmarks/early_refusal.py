@@ -2,9 +2,9 @@
 
 For each workload and split (Llama-3.1-8B on 8 H100s, `benchmarks.workloads`): the highest rate at
 which 90 % are served as promised with Baton, and at twice that rate what becomes of the requests
-with Baton (SEEDS cuts) and with its peers (PEER_SEEDS of them): means, and where there are several
-cuts 95 % intervals. Late: of those that were let in, the share that missed an SLO, and in brackets
-the least and the most of a cut.
+with Baton (five cuts) and with its peers (two of them): means, and in brackets the least and the
+most of a cut. Late: of those that were let in, the share that missed an SLO. Cuts of one trace
+overlap, and at the rate of all of them the first one's capacity is doubled.
 
 Where prompts and tokens are made by different engines, refusing by what is there *now* makes the
 two pools full in turns (Mooncake, FAST'25, section 6.3): while many prompts wait, the decode pool
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import shared_files
-from benchmarks.report import interval, table
+from benchmarks.report import table
 from benchmarks.workloads import WORKLOADS, Workload
 from engine.profiles import PROFILES
 from router.core.events import Role
@@ -139,28 +139,30 @@ def rows(
             pools = [each for _, each in served]
             if prefill and policy == OURS:
                 pictured.append(Figure(load, _HEIGHT, partial(_draw, pools[0])))
-            yield (load, policy, *shares([each.measured for each, _ in served]), *turns(pools))
+            told = turns(pools) if prefill else ("", "")
+            yield (load, policy, *shares([each.measured for each, _ in served]), *told)
 
 
 def shares(measured: Sequence[Measurement]) -> tuple[str, str, str]:
-    """Served as promised, refused; late, with its range."""
-    late = [each.late for each in measured]
+    """Served as promised, refused, late."""
     return (
-        interval([each.attainment for each in measured], ".1%", ".1%"),
-        interval([each.refused / each.requests for each in measured], ".1%", ".1%"),
-        f"{interval(late, '.2%', '.2%')} ({min(late):.2%} to {max(late):.2%})",
+        _range([each.attainment for each in measured], ".1%"),
+        _range([each.refused / each.requests for each in measured], ".1%"),
+        _range([each.late for each in measured], ".2%"),
     )
 
 
 def turns(pools: Sequence[Pools]) -> tuple[str, str]:
-    """How the two pools swing, and whether against each other."""
-    if not any(pools[0].prefill):
-        return "", ""
+    """How the two pools swing, and whether against each other. None of them may be still."""
     swings = [
         statistics.mean(each) for each in zip(*(each.swings() for each in pools), strict=True)
     ]
     correlations = [each.correlation() for each in pools]
-    return " / ".join(f"{swing:.2f}" for swing in swings), interval(correlations, "+.2f", ".2f")
+    return " / ".join(f"{swing:.2f}" for swing in swings), _range(correlations, "+.2f")
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 _HEIGHT: Final = 220
@@ -190,7 +192,13 @@ def main() -> None:
     """Entry point."""
     parser = shared_files.parser(__doc__)
     parser.add_argument("--picture", type=Path, help="a PNG of the pools over time")
-    parser.add_argument("--seeds", type=int, default=SEEDS, choices=range(1, SEEDS + 1))
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=SEEDS,
+        choices=range(1, SEEDS + 1),
+        help="cuts of each workload",
+    )
     parser.add_argument("--requests", type=int, default=8000, help="of each cut, at most")
     given = parser.parse_args()
     pictured: list[Figure] = []

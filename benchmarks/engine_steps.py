@@ -10,6 +10,7 @@ model are fitted to them, by least squares of relative errors. Prints Markdown.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -30,10 +31,12 @@ FETCHES: Final = (128, 512, 1024, 2048)
 BESIDE: Final = (512, 1024)
 """Of prompts that are computed while the other engine decodes."""
 REPEATS: Final = 15
+_OTHER: Final = len(DECODES)
+"""The number of the load that is decoded beside prompts."""
 _DECODE_STEPS: Final = 256
 _DECODE_REPEATS: Final = 3
-_BESIDE_STEPS: Final = 3000
-"""Of the request that decodes for as long as all prompts beside it take, at least."""
+_BESIDE_S: Final = 0.1
+"""That a prompt beside another request takes at most, with four tokens of output."""
 _WARM_UP: Final = 8
 _WARM_UP_TOKENS: Final = 1000
 ENGINE_ARGS: Final = {
@@ -80,12 +83,19 @@ def measure(baton: Serving, link_s: float, repeats: int = REPEATS, salt: int = 0
             tokens: median_s("fetched", tokens, "handed_off", "resumed") - step_s
             for tokens in FETCHES
         }
-        other = TracedRequest(0.0, BLOCK_TOKENS, _BESIDE_STEPS, ())
+        # As if nothing slowed its steps down: it lasts for longer than all prompts beside it.
+        lasts_s = (_WARM_UP + len(BESIDE) * repeats) * (PAUSE_S + _BESIDE_S)
+        steps = math.ceil(lasts_s / decodes[1, 256])
         with ThreadPoolExecutor(1) as thread:
-            decoding = thread.submit(play, baton.port, [other], _salt(salt, len(DECODES)))
+            other = [TracedRequest(0.0, BLOCK_TOKENS, steps, ())]
+            decoding = thread.submit(play, baton.port, other, _salt(salt, _OTHER))
+            # By the end of these it decodes.
+            moments(baton, _WARM_UP, BLOCK_TOKENS, 4, PAUSE_S, salt=f"{salt} before")
             beside = {tokens: prompt_s("beside", tokens) for tokens in BESIDE}
-            if decoding.done():
-                raise RuntimeError("the other engine did not decode for as long as prompts took")
+            ended = decoding.done()
+            decoding.result()
+        if ended:
+            raise RuntimeError("the other engine did not decode for as long as prompts took")
     return Measured(
         prompts, decodes, fetches, beside, ENGINE_ARGS["block_size"],
         ENGINE_ARGS["block_size"] * ENGINE_ARGS["num_gpu_blocks_override"],
@@ -101,16 +111,18 @@ def _decode_s(port: int, requests: int, context_tokens: int, salt: int) -> float
     blocks = tuple(range(-(-tokens // BLOCK_TOKENS)))
     found = []
     for repeat in range(_DECODE_REPEATS):
-        own = _salt(salt, DECODES.index((requests, context_tokens)), repeat)
-        play(port, [TracedRequest(0.0, tokens, 1, blocks)], own)
-        served = play(port, [TracedRequest(0.0, tokens, _DECODE_STEPS, blocks)] * requests, own)
+        own_salt = _salt(salt, DECODES.index((requests, context_tokens)), repeat)
+        play(port, [TracedRequest(0.0, tokens, 1, blocks)], own_salt)
+        served = play(
+            port, [TracedRequest(0.0, tokens, _DECODE_STEPS, blocks)] * requests, own_salt
+        )
         found += [each.tpot_s for each in served if each.tpot_s is not None]
     return statistics.median(found)
 
 
 def _salt(measurement: int, load: int, repeat: int = 0) -> int:
     """Its own for each load, and none that a comparison's own requests have."""
-    return 1 + repeat + _DECODE_REPEATS * (load + (len(DECODES) + 1) * measurement)
+    return 1 + repeat + _DECODE_REPEATS * (load + (_OTHER + 1) * measurement)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """One workload on both sides: live, through a `baton serve` of its own, and simulated.
 
 Boundary: what to run and its requests in, what clients saw out. Of the live system the simulation
-is told what the configuration says, the engine's profile, and three times that are measured beside
-the run, on requests that are alone: from a client to the router, from the router to an engine and
+is told what the configuration says, the engine's profile, and three times that are measured before
+all runs, on requests that are alone: from a client to the router, from the router to an engine and
 from there to the client.
 """
 

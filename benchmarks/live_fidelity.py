@@ -8,6 +8,11 @@ share of prompt tokens that were cached where their prompts were computed. Each 
 and a seed of its own; differences are simulated against live, pair by pair; tables show medians
 (smallest to largest) over the pairs.
 
+What simulated engines take the simulation is told. Of real ones it is measured, in each run's own
+instance, before the load and after it: their steps' costs, what waking takes, and as many times as
+long as alone a prompt takes while the other engine decodes, since engines share the cores here. A
+decode step beside a prompt is taken to be slowed down as much.
+
 With `--real-time`, processes in the requests' path and the client run with real-time priority: for
 machines on which others work as well. Real engines never do: with it, their threads starve each
 other, and tokens come in bursts. Prints Markdown.
@@ -95,7 +100,7 @@ TINY_QUICK: Final = replace(TINY_MEDIUM, duration_s=15)
 TINY_BOUNDS: Final = Bounds(share=0.20, points=3)
 
 
-class Runs:
+class Comparison:
     """Runs under one load, live and simulated."""
 
     def __init__(self) -> None:
@@ -148,7 +153,7 @@ def with_simulated_engines(runs: int, quick: bool, prioritised: bool) -> Iterato
     hops = measure_hops(SIMULATED, prompt_tokens, prioritised)
     yield hops_table(hops, prompt_tokens)
     for load in (QUICK,) if quick else (MEDIUM, HIGH):
-        compared = Runs()
+        compared = Comparison()
         for seed in range(1, runs + 1):
             requests = load.requests(seed)
             live = run_live(simulated_engines(SIMULATED), requests, prioritised)
@@ -156,27 +161,27 @@ def with_simulated_engines(runs: int, quick: bool, prioritised: bool) -> Iterato
         yield compared.report(load, SIMULATED_BOUNDS)
 
 
-def with_real_engines(runs: int, quick: bool, prioritised: bool) -> Iterator[str]:
+def with_real_engines(runs: int, quick: bool, _: bool) -> Iterator[str]:
     """Likewise. What engines take is measured in each run's own instance, before the load and
-    after it: the machine's pace changes within minutes."""
+    after it: how fast the machine is changes within minutes."""
     yield "## The tiny model on this machine's CPU, real vLLM engines"
     prompt_tokens = TINY_LOW.shared_tokens + TINY_LOW.own_tokens
-    hops = measure_hops(SIMULATED, prompt_tokens, prioritised)
+    hops = measure_hops(SIMULATED, prompt_tokens, prioritised=False)
     yield hops_table(hops, prompt_tokens)
     for prefill, name in TINY_LAYOUTS.items():
         yield f"## {name}"
         loads = [TINY_SPARSE] if prefill else []
         costs: list[Measured] = []
         for load in [TINY_QUICK] if quick else [*loads, TINY_LOW, TINY_MEDIUM]:
-            compared = Runs()
+            compared = Comparison()
             for seed in range(1, runs + 1):
                 costs.append(add_real(compared, prefill, load.requests(seed), hops, seed))
             yield compared.report(load, TINY_BOUNDS) + "\n" + costs_table(costs[-runs:])
-        yield f"Engines' times, means of all runs\n\n{fit_report(mean(costs))}"
+        yield f"### Engines' times, means of all runs\n\n{fit_report(mean(costs))}"
 
 
 def add_real(
-    compared: Runs, prefill: int, requests: Sequence[TracedRequest], hops: Hops, seed: int
+    compared: Comparison, prefill: int, requests: Sequence[TracedRequest], hops: Hops, seed: int
 ) -> Measured:
     """A run with real engines, and its simulation. Returns what these took."""
     looks: list[Measured] = []
@@ -198,14 +203,16 @@ def add_real(
 
 
 def costs_table(costs: Sequence[Measured]) -> str:
-    """By how much the machine's pace differs between runs."""
+    """How they differ between runs."""
     fits = [fit(each) for each in costs]
     rows = [
         ("prompt of 1,024 tokens alone, ms", spread([1e3 * each.prompts[1024] for each in costs])),
         ("step of 1 x 1,024 tokens, ms", spread([1e3 * each.decodes[1, 1024] for each in costs])),
     ]
     if contentions := [each.contention for each in fits if each.contention is not None]:
-        rows.append(("a step while the other engine computes, times", spread(contentions, 2)))
+        rows.append(
+            ("a prompt's step while the other engine decodes, times", spread(contentions, 2))
+        )
     return table(("costs, of each run", ""), rows)
 
 

@@ -45,7 +45,8 @@ class Fit(NamedTuple):
     wake_s: float
     """What a first token of an engine that has idled takes beside its step."""
     contention: float | None
-    """As many times as long a step takes while the other engine computes; None without another."""
+    """As many times as long a prompt's step takes while the other engine decodes; None without
+    another. Waking is taken to be no longer."""
 
 
 def mean(measured: Sequence[Measured]) -> Measured:
@@ -65,7 +66,7 @@ def _means(found: Sequence[Mapping[_Point, float]]) -> dict[_Point, float]:
 
 
 def fit(measured: Measured) -> Fit:
-    """The engine model's costs, by least squares of relative errors."""
+    """The engine model's costs, by least squares of relative errors; of contention the mean."""
     terms = [[*_terms(_prompt_work(tokens)), 1.0] for tokens in measured.prompts]
     terms += [[*_terms(_decode_work(*each)), 0.0] for each in measured.decodes]
     seconds = [*measured.prompts.values(), *measured.decodes.values()]
@@ -146,5 +147,5 @@ def report(measured: Measured) -> str:
         for name, value in all_costs.items()
         if measured.fetches or not name.startswith("transfer_")
     ]
-    fits = table(("alone", "ms", "fitted, ms", "error"), rows)
+    fits = table(("what", "ms", "fitted, ms", "error"), rows)
     return f"{fits}\n{table(('cost', 'µs'), costs)}"

@@ -268,13 +268,13 @@ class Cluster:
     # The workers
 
     def _wake(self, now_s: float, worker: SimulatedWorker) -> None:
-        due_s = worker.next_s(now_s, self._pace(worker))
+        due_s = worker.next_s(now_s, self._slowdown(worker))
         if due_s != self._due_s[worker.id]:
             self._due_s[worker.id] = due_s
             if due_s is not None:
                 self._at(due_s, lambda at_s: self._due(at_s, worker))
 
-    def _pace(self, worker: SimulatedWorker) -> float | None:
+    def _slowdown(self, worker: SimulatedWorker) -> float | None:
         """As many times as long as alone its next step takes; None if that never changes."""
         if (contention := self._layout.contention) is None:
             return None

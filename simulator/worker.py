@@ -186,20 +186,20 @@ class SimulatedWorker:
         """A step is under way."""
         return self._steps is not None
 
-    def next_s(self, now_s: float, pace: float | None = None) -> float | None:
-        """When `finish` is due; begins to work if there is anything to do. `pace`: as many times as
-        long a step takes that begins now; None if that is 1 for all."""
+    def next_s(self, now_s: float, slowdown: float | None = None) -> float | None:
+        """When `finish` is due; begins to work if there is anything to do. `slowdown`: as many
+        times as long a step takes that begins now; None if that is 1 for all."""
         if self._steps is None:
             plan = self._engine.start_step(now_s)
             if plan is None:
                 return self._engine.wake_s()
             wake_s = self._engine.wake_s()
-            count = plan.steady_steps if pace is None else 1
+            count = plan.steady_steps if slowdown is None else 1
             if count > 1 and wake_s is not None:
                 count = min(count, self._engine.steps_within(wake_s - now_s))
             duration_s = self._engine.steps_s(count) if count > 1 else plan.duration_s
-            if pace is not None:
-                duration_s *= pace
+            if slowdown is not None:
+                duration_s *= slowdown
             self._steps = _Steps(now_s, now_s + duration_s, count)
         return self._steps.ends_s
 

@@ -171,7 +171,10 @@ class Gate:
         have been let in."""
         promised_s = self._promises.of_request(terms).ttft_s
         load = _Load(foreseen.expected.ttft_s, foreseen.expected.alone_ttft_s, promised_s)
-        _learn(load, measured_s, self.ttft_factor, foreseen.ttft_factor, self.ttft_caution)
+        _learn(
+            load, measured_s, self.ttft_factor, foreseen.ttft_factor, self.ttft_caution,
+            foreseen.expected.routers,
+        )  # fmt: skip
 
     def learn_late(self, foreseen: Foreseen, terms: Terms) -> Foreseen:
         """A request that was let in waits, and would not be in time any more: it goes behind those
@@ -179,7 +182,7 @@ class Gate:
         comes will tell nothing of the load."""
         promised_s, expected = self._promises.of_request(terms).ttft_s, foreseen.expected
         if _Load(expected.ttft_s, expected.alone_ttft_s, promised_s).is_for_the_margin:
-            self.ttft_caution.observe(late=True)
+            self.ttft_caution.observe(late=True, routers=expected.routers)
         return foreseen._replace(expected=expected._replace(ttft_s=expected.alone_ttft_s))
 
     def learn(self, foreseen: Foreseen, terms: Terms, ended: Ended) -> None:
@@ -193,7 +196,7 @@ class Gate:
             tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
             _learn(
                 tpot, ended.time_per_output_token_s, self.tpot_factor, foreseen.tpot_factor,
-                self.tpot_caution,
+                self.tpot_caution, expected.routers,
             )  # fmt: skip
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
         if ended.time_to_first_token_s is None and ttft.is_for_the_margin:
@@ -201,7 +204,7 @@ class Gate:
             # longer than promised was late.
             assert ttft.promised_s is not None
             if (ended.duration_s or 0.0) > ttft.promised_s:
-                self.ttft_caution.observe(late=True)
+                self.ttft_caution.observe(late=True, routers=expected.routers)
 
     def _due_s(self, now_s: float, terms: Terms) -> float:
         promised_s = self._promises.of_request(terms).ttft_s or DUE_UNPROMISED_S
@@ -276,11 +279,13 @@ class _Load(NamedTuple):
         return at_most_s > self.promised_s
 
 
-def _learn(load: _Load, measured_s: float, factor: Factor, used: float, caution: Caution) -> None:
+def _learn(
+    load: _Load, measured_s: float, factor: Factor, used: float, caution: Caution, routers: float
+) -> None:
     if load.promised_s is None:
         return
     if load.is_for_the_margin:
-        caution.observe(late=measured_s > load.promised_s)
+        caution.observe(measured_s > load.promised_s, routers)
     if load.is_near:
         # A load that did not come at all has no logarithm and is passed over, so that the margin is
         # a little too wide.

@@ -68,16 +68,21 @@ def test_an_engine_without_another_fetches_nothing() -> None:
     assert timing.transfer_block_s == pytest.approx(0, abs=1e-9)
 
 
-def test_what_is_seldom_slower_is_not_taken_to_be_quicker() -> None:
+def test_no_engine_is_quicker_beside_another() -> None:
     assert fit(replace(measured(), beside={512: WAKE_S})).contention == 1
 
 
 def test_measurements_are_averaged_point_by_point() -> None:
     one = measured()
-    other = replace(one, prompts={tokens: 3 * took_s for tokens, took_s in one.prompts.items()})
-    both = mean([one, other])
-    assert both.prompts == pytest.approx({n: 2 * took_s for n, took_s in one.prompts.items()})
-    assert (both.decodes, both.fetches) == (pytest.approx(one.decodes), pytest.approx(one.fetches))
+    points = ("prompts", "decodes", "fetches", "beside")
+    slower = {
+        name: {point: factor * took_s for point, took_s in getattr(one, name).items()}
+        for factor, name in enumerate(points, start=3)
+    }
+    both = mean([one, replace(one, **slower)])
+    for factor, name in enumerate(points, start=3):
+        expected = {n: (1 + factor) / 2 * took_s for n, took_s in getattr(one, name).items()}
+        assert getattr(both, name) == pytest.approx(expected)
 
 
 def test_the_report_holds_each_point_beside_its_fit() -> None:

@@ -19,7 +19,7 @@ from benchmarks.fidelity_runs import (
     run_simulated,
     simulated_engines,
 )
-from benchmarks.live_fidelity import SIMULATED, TINY_QUICK, Load, Runs, add_real
+from benchmarks.live_fidelity import SIMULATED, TINY_QUICK, Comparison, Load, add_real
 
 SLOWER = 5
 HOPS = Hops(front_in_s=0.003, front_out_s=0.001, link_s=0.0012)
@@ -50,7 +50,7 @@ def test_live_clients_see_what_the_simulator_says() -> None:
 
 
 def test_clients_of_real_engines_see_what_the_simulator_says() -> None:
-    runs = Runs()
-    add_real(runs, prefill=0, requests=TINY_QUICK.requests(seed=1), hops=HOPS, seed=1)
-    (pair,) = runs.pairs
+    compared = Comparison()
+    add_real(compared, prefill=0, requests=TINY_QUICK.requests(seed=1), hops=HOPS, seed=1)
+    (pair,) = compared.pairs
     check(pair, REAL_BOUNDS)
