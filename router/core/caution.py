@@ -32,8 +32,7 @@ class Caution:
     spreads: float = FIRST
     """By how many of its spreads a prediction must stay below what was promised."""
 
-    def observe(self, late: bool, routers: float = 1.0) -> None:
-        """What became of one that was let in is known. Each of several routers sees its share of
-        them, and what it sees counts for as much as all see."""
-        spreads = self.spreads + routers * STEP * (late - LATE_SHARE)
+    def observe(self, late: bool) -> None:
+        """What became of one that was let in is known."""
+        spreads = self.spreads + STEP * (late - LATE_SHARE)
         self.spreads = min(MOST, max(LEAST, spreads))

@@ -171,10 +171,7 @@ class Gate:
         have been let in."""
         promised_s = self._promises.of_request(terms).ttft_s
         load = _Load(foreseen.expected.ttft_s, foreseen.expected.alone_ttft_s, promised_s)
-        _learn(
-            load, measured_s, self.ttft_factor, foreseen.ttft_factor, self.ttft_caution,
-            foreseen.expected.routers,
-        )  # fmt: skip
+        _learn(load, measured_s, self.ttft_factor, foreseen.ttft_factor, self.ttft_caution)
 
     def learn_late(self, foreseen: Foreseen, terms: Terms) -> Foreseen:
         """A request that was let in waits, and would not be in time any more: it goes behind those
@@ -182,7 +179,7 @@ class Gate:
         comes will tell nothing of the load."""
         promised_s, expected = self._promises.of_request(terms).ttft_s, foreseen.expected
         if _Load(expected.ttft_s, expected.alone_ttft_s, promised_s).is_for_the_margin:
-            self.ttft_caution.observe(late=True, routers=expected.routers)
+            self.ttft_caution.observe(late=True)
         return foreseen._replace(expected=expected._replace(ttft_s=expected.alone_ttft_s))
 
     def learn(self, foreseen: Foreseen, terms: Terms, ended: Ended) -> None:
@@ -196,7 +193,7 @@ class Gate:
             tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
             _learn(
                 tpot, ended.time_per_output_token_s, self.tpot_factor, foreseen.tpot_factor,
-                self.tpot_caution, expected.routers,
+                self.tpot_caution,
             )  # fmt: skip
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
         if ended.time_to_first_token_s is None and ttft.is_for_the_margin:
@@ -204,7 +201,7 @@ class Gate:
             # longer than promised was late.
             assert ttft.promised_s is not None
             if (ended.duration_s or 0.0) > ttft.promised_s:
-                self.ttft_caution.observe(late=True, routers=expected.routers)
+                self.ttft_caution.observe(late=True)
 
     def _due_s(self, now_s: float, terms: Terms) -> float:
         promised_s = self._promises.of_request(terms).ttft_s or DUE_UNPROMISED_S
@@ -279,13 +276,11 @@ class _Load(NamedTuple):
         return at_most_s > self.promised_s
 
 
-def _learn(
-    load: _Load, measured_s: float, factor: Factor, used: float, caution: Caution, routers: float
-) -> None:
+def _learn(load: _Load, measured_s: float, factor: Factor, used: float, caution: Caution) -> None:
     if load.promised_s is None:
         return
     if load.is_for_the_margin:
-        caution.observe(measured_s > load.promised_s, routers)
+        caution.observe(late=measured_s > load.promised_s)
     if load.is_near:
         # A load that did not come at all has no logarithm and is passed over, so that the margin is
         # a little too wide.

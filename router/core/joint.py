@@ -176,7 +176,7 @@ class JointPlacement:
         joined = routers * before.requests / len(decode or prefill)
         tpot_s = self._pricing.tpot_after(ask, there.columns, at, tpot_s, ttft_s, joined)
         alone_s = self._pricing.step_s(there.columns.role(at), 1.0, ask.context_tokens)
-        return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens, routers)
+        return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens)
 
     def _best(self, ask: Asked, view: View, shape: Shape, there: Found, kept: Shortlist) -> _Best:
         """One worker for all of it, or two."""

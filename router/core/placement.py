@@ -131,8 +131,6 @@ class Expected(NamedTuple):
     """Of its prompt, once its turn has come."""
     alone_tpot_s: float
     output_tokens: float
-    routers: float = 1.0
-    """That give requests to these workers, this one included."""
 
 
 class Placement(Protocol):

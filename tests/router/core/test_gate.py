@@ -278,21 +278,6 @@ def test_its_caution_follows_what_becomes_of_those_that_are_let_in() -> None:
     assert bench.gate.ttft_caution.spreads == LEAST
 
 
-def test_each_of_four_routers_learns_as_fast_as_one_that_sees_all() -> None:
-    alone, one_of_four = Bench(), Bench()
-    expected = Expected(1.5, 0.04, 0.1, 0.01, 100.0)
-    for number in range(40):
-        late_s = 2.1 if number % 8 == 0 else 1.0
-        alone.learn(expected, late_s, 0.04)
-        if number % 4 == 0:
-            one_of_four.learn(expected._replace(routers=4.0), late_s, 0.04)
-    # It saw five of the five that were late, and five of the 35 others.
-    assert alone.gate.ttft_caution.spreads > 0.7
-    known = one_of_four.gate
-    assert known.ttft_caution.spreads == pytest.approx(0.5 + 4 * 0.05 * (5 - 10 * LATE_SHARE))
-    assert known.tpot_caution.spreads == pytest.approx(alone.gate.tpot_caution.spreads)
-
-
 @pytest.mark.parametrize("alone_s", [2.1, 50.0])
 def test_its_caution_is_not_for_those_that_no_margin_keeps_out(alone_s: float) -> None:
     bench = Bench()
