@@ -169,17 +169,6 @@ class Found(NamedTuple):
         """No worker that makes tokens has room."""
         return bool(self.full[self.columns.last].all())
 
-    @property
-    def has_one_router(self) -> bool:
-        """Nobody else gives requests to these workers."""
-        return bool(self.columns.routers.max() == 1)
-
-    @property
-    def waits_for_room(self) -> bool:
-        """Whether prompts wait at the router until a worker that makes tokens has room. Where there
-        are other routers they would take it first (docs/adr/0009)."""
-        return self.all_full and self.has_one_router
-
 
 class Pricing:
     """Predicts times and weighs them. Parts are priced as columns: costs, then `COMPARED`."""
@@ -260,8 +249,6 @@ class Pricing:
         """How long until some worker has room, behind what waits. That is spread over all, and
         needs room for what is computed of its prompts and for outputs; and each of it for as much
         as this request or one of those that are there, whichever is less."""
-        if not there.has_one_router:
-            return 0.0
         columns = there.columns
         last, computing = columns.last, self._profiles[columns.role(0)]
         token_s = max(LEAST_TOKEN_S, self._learned.prefill.value * computing.prefill_token_s)

@@ -138,10 +138,10 @@ class JointPlacement:
         # What can't be split must not stand before others while workers of the other pool are idle.
         able = slice(None) if best.reason in NEVER_SPLIT else best.computing
         if not shape.output_tokens and (
-            there.waits_for_room or pricing.all_busy(there, able, self._slo.ttft_s)
+            there.all_full or pricing.all_busy(there, able, self._slo.ttft_s)
         ):
             # Who waits for room comes to a worker that is idle by then.
-            self.held_share = 0.0 if there.waits_for_room else self._weights.hold
+            self.held_share = 0.0 if there.all_full else self._weights.hold
             return None
         self._count(ask, there, key, shape, best.chosen, best.first, computed=True)
         to_compute_tokens = ask.tokens - int(there.cached[(best.first or best.chosen).at])

@@ -310,26 +310,6 @@ def test_what_waits_is_placed_when_others_made_room() -> None:
     assert [type(command) for command in others_on(drive, "d", DONE)] == [Submit]
 
 
-@pytest.mark.parametrize(("routers", "waits"), [(0, True), (1, False)])
-def test_room_that_other_routers_would_take_first_is_not_waited_for(
-    routers: int, waits: bool
-) -> None:
-    bench = Bench("p1", "d1")
-    full = PlacedWork(
-        routers=routers, decodes=200, context_tokens=380_000, running=200,
-        running_context_tokens=380_000,
-    )  # fmt: skip
-    told(bench, "d1", full).load = EngineLoad(
-        running=200, kv_blocks_used=3000, kv_blocks_total=3000
-    )
-    shape = Shape(1280, None)
-    expected = bench.policy.expect(bench.now_s, bench.view, shape, Before())
-    assert expected is not None
-    assert (expected.ttft_s > 1.1 * expected.alone_ttft_s) == waits
-    decision = bench.policy.place(bench.now_s, bench.view, bench.key(2), shape)
-    assert (decision is None) == waits
-
-
 @pytest.mark.parametrize(("routers", "waits"), [(0, True), (3, False)])
 def test_of_several_routers_each_lets_as_much_wait_at_workers(routers: int, waits: bool) -> None:
     bench = Bench("d1", hold=0.15)
