@@ -25,13 +25,13 @@ _T_95: Final = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Student's t for a 95 % interval, by the number of values."""
 
 
-def interval(values: Sequence[float], form: str = ".3g", half_form: str = ".2g") -> str:
+def interval(values: Sequence[float]) -> str:
     """`mean ± half of the 95 % interval`; of a single value it alone."""
     mean = statistics.mean(values)
     if len(values) < 2:
-        return f"{mean:{form}}"
+        return f"{mean:.3g}"
     half = _T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:{form}} ± {half:{half_form}}"
+    return f"{mean:.3g} ± {half:.2g}"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
