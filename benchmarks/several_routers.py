@@ -27,7 +27,7 @@ from benchmarks import shared_files
 from benchmarks.goodput_store import Store, code_digest
 from benchmarks.report import table
 from benchmarks.workloads import WORKLOADS
-from engine.base import NOTHING_PLACED
+from engine.base import NOTHING_PLACED, NOTHING_QUEUED
 from engine.profiles import PROFILES
 from router.core.joint import JointPlacement
 from router.core.workers import Worker
@@ -48,7 +48,7 @@ class Alone(JointPlacement):
 
     def stepped(self, now_s: float, worker: Worker) -> None:
         """Without it."""
-        worker.others = NOTHING_PLACED
+        worker.others, worker.queued_beside = NOTHING_PLACED, NOTHING_QUEUED
         super().stepped(now_s, worker)
 
 

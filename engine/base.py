@@ -6,6 +6,7 @@ hand off or to resume through them, so the simulated engine obeys the same words
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
@@ -73,6 +74,25 @@ class PlacedWork(NamedTuple):
 
 
 NOTHING_PLACED: Final = PlacedWork()
+
+QUEUE_REPEATED_S: Final = 0.25
+"""How often a router repeats what waits there."""
+QUEUE_VALID_S: Final = 1.0
+"""For so long it is believed what was said of a queue: else a router that hangs would keep others
+from going on."""
+
+
+class Queued(NamedTuple):
+    """What waits at one router or several for its turn."""
+
+    requests: int = 0
+    work_s: float = 0.0
+    """That their prompts take, on one engine."""
+    first_due_in_s: float = math.inf
+    """From now, until the one that is due first is."""
+
+
+NOTHING_QUEUED: Final = Queued()
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ import grpc
 import msgspec
 
 from engine.attempts import Attempt, Attempts
-from engine.base import OTHERS_INTERVAL_S, Engine, EngineInfo, EngineLoad
+from engine.base import OTHERS_INTERVAL_S, Engine, EngineInfo, EngineLoad, Queued
 from engine.paced import Paced
 from engine.router_link import RouterLink
 from engine.spec import WorkerSpec
@@ -241,6 +241,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             link.ask_cache()
         elif command.HasField("reserve"):
             self._reserve(link, command.reserve)
+        elif command.HasField("queued"):
+            said = command.queued
+            queued = Queued(said.requests, said.work_s, said.first_due_in_s)
+            self._attempts.work.queue(time.monotonic(), link.router_id, queued)
 
     def _reserve(self, link: RouterLink, reserve: worker_pb2.Reserve) -> None:
         work = self._attempts.work
@@ -319,7 +323,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._attempts.work.told()
 
     def _load_message(self, router_id: str, *, after_step: bool = True) -> worker_pb2.Load:
-        load, others = self._load, self._attempts.work.others(router_id)
+        load, work = self._load, self._attempts.work
+        others, queued = work.others(router_id), work.queued_beside(time.monotonic(), router_id)
         return worker_pb2.Load(
             running=load.running,
             waiting=load.waiting,
@@ -327,6 +332,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             kv_blocks_total=load.kv_blocks_total,
             step_time_s=load.step_time_s if after_step else 0.0,
             others=None if others is None else worker_pb2.PlacedWork(**others._asdict()),
+            queued_beside=worker_pb2.Queued(**queued._asdict()) if queued.requests else None,
         )
 
     def _figures(self) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""What each router has on a worker, in running totals: pure.
+"""What each router has on a worker, in running totals, and what waits at it: pure.
 
 A router knows its own requests; of all others' it is told the sum, so that it does not take for
-free what they use. A change costs the same however much there is.
+free what they use. A change costs the same however much there is. What waits at routers is on no
+worker: each tells it to one of them, which passes it on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import sub
 
-from engine.base import NOTHING_PLACED, PlacedWork
+from engine.base import NOTHING_PLACED, NOTHING_QUEUED, QUEUE_VALID_S, PlacedWork, Queued
 
 
 @dataclass(slots=True)
@@ -36,6 +37,8 @@ class WorkByRouter:
         self._all = NOTHING_PLACED
         self._reserved: dict[str, dict[str, Share]] = {}
         """By router and request."""
+        self._queued: dict[str, tuple[float, Queued]] = {}
+        """By router, with the time at which it was said."""
         self._changed: set[str] = set()
         """Whose work changed since the others were told."""
 
@@ -64,8 +67,28 @@ class WorkByRouter:
 
     def release_all(self, router_id: str) -> None:
         """A router begins anew, or is gone."""
+        self._queued.pop(router_id, None)
         for share in self._reserved.pop(router_id, {}).values():
             self.end(share)
+
+    def queue(self, now_s: float, router_id: str, queued: Queued) -> None:
+        """So much waits at a router."""
+        if queued.requests:
+            self._queued[router_id] = now_s, queued
+        else:
+            self._queued.pop(router_id, None)
+        self._changed.add(router_id)
+
+    def queued_beside(self, now_s: float, router_id: str) -> Queued:
+        """What waits at all others, as far as they said so lately."""
+        found = NOTHING_QUEUED
+        for other, (said_s, queued) in self._queued.items():
+            if other != router_id and now_s - said_s <= QUEUE_VALID_S:
+                found = Queued(
+                    found.requests + queued.requests, found.work_s + queued.work_s,
+                    min(found.first_due_in_s, queued.first_due_in_s + said_s - now_s),
+                )  # fmt: skip
+        return found
 
     def begin(self, share: Share) -> None:
         """Its first output is made."""

@@ -33,20 +33,22 @@ class RouterMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Iterable[_Union[Command, _Mapping]]] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("submit", "abort", "resend", "forget", "ask_cache", "reserve")
+    __slots__ = ("submit", "abort", "resend", "forget", "ask_cache", "reserve", "queued")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RESEND_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
     ASK_CACHE_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     abort: Abort
     resend: Resend
     forget: Forget
     ask_cache: AskCache
     reserve: Reserve
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., ask_cache: _Optional[_Union[AskCache, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ...) -> None: ...
+    queued: Queued
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., ask_cache: _Optional[_Union[AskCache, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "router_incarnation")
@@ -113,6 +115,16 @@ class Reserve(_message.Message):
     request_key: str
     context_tokens: int
     def __init__(self, request_key: _Optional[str] = ..., context_tokens: _Optional[int] = ...) -> None: ...
+
+class Queued(_message.Message):
+    __slots__ = ("requests", "work_s", "first_due_in_s")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WORK_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_DUE_IN_S_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    work_s: float
+    first_due_in_s: float
+    def __init__(self, requests: _Optional[int] = ..., work_s: _Optional[float] = ..., first_due_in_s: _Optional[float] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("welcome", "step", "metrics", "cache_snapshot")
@@ -237,20 +249,22 @@ class PromptUse(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transferred_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "step_time_s", "others")
+    __slots__ = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "step_time_s", "others", "queued_beside")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     STEP_TIME_S_FIELD_NUMBER: _ClassVar[int]
     OTHERS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_BESIDE_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
     step_time_s: float
     others: PlacedWork
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., step_time_s: _Optional[float] = ..., others: _Optional[_Union[PlacedWork, _Mapping]] = ...) -> None: ...
+    queued_beside: Queued
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., step_time_s: _Optional[float] = ..., others: _Optional[_Union[PlacedWork, _Mapping]] = ..., queued_beside: _Optional[_Union[Queued, _Mapping]] = ...) -> None: ...
 
 class PlacedWork(_message.Message):
     __slots__ = ("prompts", "prompt_tokens", "prompt_pairs", "computed_tokens", "computed_pairs", "decodes", "context_tokens", "running", "running_context_tokens", "coming_tokens", "routers")

@@ -32,25 +32,19 @@ from router import anchor_client
 from router.core import admission
 from router.core.events import (
     NO_TERMS,
-    AbortOn,
-    AskCache,
     Command,
     Demand,
     End,
     Ended,
     Event,
-    Forget,
     FrontGone,
     MemberFacts,
     MembershipChanged,
     RequestAborted,
     RequestArrived,
     RequestRecovered,
-    Resend,
-    Reserve,
     Role,
     SnapshotTaken,
-    Submit,
     Terms,
     Tick,
     TicketAsked,
@@ -68,6 +62,7 @@ from router.settings import RouterSettings, UnitPaths, load_router
 from router.ticket_mint import Ticket, TicketMint
 from router.tickets import TicketConnection, answer, answer_line, reason_line
 from router.worker_links import WorkerLinks
+from router.worker_messages import ToWorker
 
 _log = logging.getLogger("router")
 
@@ -190,7 +185,7 @@ class RouterProcess:
         if isinstance(command, anchor_link.Deliver):
             assert self._anchor is not None
             self._anchor.deliver(command)
-        elif isinstance(command, Submit | Reserve | AbortOn | Forget | Resend | AskCache):
+        elif isinstance(command, ToWorker):
             self._links.send(command)
         elif isinstance(command, Ended):
             self._measured.observe(command)

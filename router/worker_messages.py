@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
+from engine.base import NOTHING_PLACED, NOTHING_QUEUED, EngineLoad, PlacedWork, Queued
 from kvstore.content import ADDRESS_BYTES
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos import worker_pb2
@@ -21,10 +21,11 @@ from router.core.events import (
     Role,
     StepReported,
     Submit,
+    TellQueued,
     WorkerUp,
 )
 
-ToWorker = Submit | Reserve | AbortOn | Forget | Resend | AskCache
+ToWorker = Submit | Reserve | TellQueued | AbortOn | Forget | Resend | AskCache
 
 
 def command_of(command: ToWorker) -> worker_pb2.Command:
@@ -34,6 +35,8 @@ def command_of(command: ToWorker) -> worker_pb2.Command:
     if isinstance(command, Reserve):
         reserve = worker_pb2.Reserve(request_key=command.key, context_tokens=command.context_tokens)
         return worker_pb2.Command(reserve=reserve)
+    if isinstance(command, TellQueued):
+        return worker_pb2.Command(queued=worker_pb2.Queued(**command.queued._asdict()))
     key, attempt = command.key, command.attempt
     if isinstance(command, Submit):
         submit = worker_pb2.Submit(
@@ -72,7 +75,8 @@ def worker_up(welcome: worker_pb2.Welcome) -> WorkerUp:
 def step_reported(
     worker: WorkerId, incarnation: Incarnation, step: worker_pb2.Step
 ) -> StepReported:
-    """What an engine's step made, the load after it, and what other routers have there."""
+    """What an engine's step made, the load after it, what other routers have there, and what waits
+    at those."""
     load = step.load
     return StepReported(
         worker,
@@ -82,6 +86,7 @@ def step_reported(
             load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_total, load.step_time_s
         ),
         _placed(load.others) if load.HasField("others") else NOTHING_PLACED,
+        _queued(load.queued_beside) if load.HasField("queued_beside") else NOTHING_QUEUED,
     )
 
 
@@ -91,6 +96,10 @@ def _placed(told: worker_pb2.PlacedWork) -> PlacedWork:
         told.computed_pairs, told.decodes, told.context_tokens, told.running,
         told.running_context_tokens, told.coming_tokens, told.routers,
     )  # fmt: skip
+
+
+def _queued(told: worker_pb2.Queued) -> Queued:
+    return Queued(told.requests, told.work_s, told.first_due_in_s)
 
 
 def cache_changed(

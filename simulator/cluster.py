@@ -35,6 +35,7 @@ from router.core.events import (
     SnapshotTaken,
     StepReported,
     Submit,
+    TellQueued,
     Terms,
     Tick,
     TicketAsked,
@@ -229,7 +230,7 @@ class Cluster:
             self._obey(router, command)
 
     def _obey(self, router: int, command: Command) -> None:
-        if isinstance(command, Submit | Reserve | AbortOn):
+        if isinstance(command, Submit | Reserve | TellQueued | AbortOn):
             worker = self.workers[command.worker]
 
             def deliver(now_s: float) -> None:
@@ -241,6 +242,8 @@ class Cluster:
                     worker.submit(now_s, router, command, asked, lent)
                 elif isinstance(command, Reserve):
                     worker.reserve(router, command)
+                elif isinstance(command, TellQueued):
+                    worker.queue(now_s, router, command)
                 else:
                     worker.abort(now_s, command)
                 self._tell_others(now_s, worker)
@@ -309,7 +312,7 @@ class Cluster:
         )
 
         def tell(at_s: float) -> None:
-            reports = worker.told_of_others(len(self.routers))
+            reports = worker.told_of_others(at_s, len(self.routers))
             self._report(at_s, [(router, [report]) for router, report in reports])
 
         self._at(tells_s, tell)

@@ -31,6 +31,7 @@ from router.core.events import (
     Role,
     StepReported,
     Submit,
+    TellQueued,
     WorkerUp,
 )
 
@@ -171,6 +172,10 @@ class SimulatedWorker:
         else:
             self.work.release(str(router), command.key)
 
+    def queue(self, now_s: float, router: int, command: TellQueued) -> None:
+        """Take what a router says that waits there."""
+        self.work.queue(now_s, str(router), command.queued)
+
     def abort(self, now_s: float, command: AbortOn) -> None:
         """End an attempt, or free the blocks that it left."""
         self._interrupt(now_s)
@@ -217,7 +222,7 @@ class SimulatedWorker:
         for output in done.outputs:
             outputs[self._attempts[output.request_id].router].append(self._report(output))
         told: list[list[StepReported | CacheReported]] = [
-            [self._step(router, outputs[router], done.load)] for router in range(routers)
+            [self._step(now_s, router, outputs[router], done.load)] for router in range(routers)
         ]
         # What is told of it between steps is no step's.
         self._load = replace(done.load, step_time_s=0.0)
@@ -228,15 +233,18 @@ class SimulatedWorker:
         self.work.told()
         return told
 
-    def told_of_others(self, routers: int) -> list[tuple[int, StepReported]]:
+    def told_of_others(self, now_s: float, routers: int) -> list[tuple[int, StepReported]]:
         """Routers that are to be told of others' work, which changed between steps."""
         beside = self.work.changed_beside(str(router) for router in range(routers))
         self.work.told()
-        return [(int(router), self._step(int(router), [], self._load)) for router in beside]
+        return [(int(router), self._step(now_s, int(router), [], self._load)) for router in beside]
 
-    def _step(self, router: int, outputs: list[OutputReport], load: EngineLoad) -> StepReported:
+    def _step(
+        self, now_s: float, router: int, outputs: list[OutputReport], load: EngineLoad
+    ) -> StepReported:
         others = self.work.others(str(router)) or NOTHING_PLACED
-        return StepReported(self.id, INCARNATION, outputs, load, others)
+        queued = self.work.queued_beside(now_s, str(router))
+        return StepReported(self.id, INCARNATION, outputs, load, others, queued)
 
     def check_idle(self) -> None:
         """Assert that nothing is left of all that was served."""

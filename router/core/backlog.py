@@ -114,6 +114,16 @@ class Backlog:
         taken, self._put_behind = self._put_behind, []
         return taken
 
+    @property
+    def first_due_s(self) -> float:
+        """When the one that is due first is; never, if none waits."""
+        return min((queue.first().due_s for queue in self._tenants.values()), default=math.inf)
+
+    @property
+    def work_s(self) -> float:
+        """Of all prompts that wait, on one worker."""
+        return sum(queue.work_s for queue in self._tenants.values())
+
     def before(self, name: str, due_s: float) -> Before:
         """What goes before a request that comes now: of its tenant what is due earlier, and of
         each other what is served while that is."""

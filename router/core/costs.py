@@ -19,6 +19,7 @@ import numpy as np
 from engine.learned_times import LearnedTimes
 from engine.spec import EngineTimes, PoolTimes
 from router.core.arrivals import Arrivals
+from router.core.backlog import Before
 from router.core.candidates import Column
 from router.core.columns import Columns
 from router.core.events import Role
@@ -239,22 +240,20 @@ class Pricing:
 
     def all_busy(self, there: Found, computing: slice, promised_ttft_s: float) -> bool:
         """Whether each of these has enough prompts before it for now. Of several routers each gives
-        it as much: none knows what waits at the others (docs/adr/0009)."""
+        it as much (docs/adr/0009)."""
         enough_s = self._weights.hold * promised_ttft_s * there.columns.routers
         return bool((there.queue_s > enough_s)[computing].all())
 
-    def until_room_s(
-        self, ask: Asked, there: Found, before_work_s: float, before_requests: float
-    ) -> float:
+    def until_room_s(self, ask: Asked, there: Found, before: Before) -> float:
         """How long until some worker has room, behind what waits. That is spread over all, and
         needs room for what is computed of its prompts and for outputs; and each of it for as much
         as this request or one of those that are there, whichever is less."""
         columns = there.columns
         last, computing = columns.last, self._profiles[columns.role(0)]
         token_s = max(LEAST_TOKEN_S, self._learned.prefill.value * computing.prefill_token_s)
-        computed_tokens = before_work_s / token_s + before_requests * ask.others_tokens / 2
+        computed_tokens = before.work_s / token_s + before.requests * ask.others_tokens / 2
         each_tokens = np.minimum(ask.context_tokens, _each_tokens(columns, there.used_tokens))
-        before_tokens = np.maximum(computed_tokens, before_requests * each_tokens)
+        before_tokens = np.maximum(computed_tokens, before.requests * each_tokens)
         missing_tokens = there.missing_tokens + before_tokens / (last.stop - last.start)
         wait_s = _room_s(ask, columns, there.used_tokens, missing_tokens, there.tpot_before_s)
         return float(np.where(columns.decodes > 0, wait_s, 0.0)[last].min())

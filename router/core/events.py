@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
-from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
+from engine.base import NOTHING_PLACED, NOTHING_QUEUED, EngineLoad, PlacedWork, Queued
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos.anchor_link import Deliver
 from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
@@ -282,6 +282,8 @@ class StepReported(Struct, frozen=True, gc=False):
     load: EngineLoad | None = None
     others: PlacedWork = NOTHING_PLACED
     """What other routers have there."""
+    queued_beside: Queued = NOTHING_QUEUED
+    """What waits at other routers, as far as they told this worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +367,14 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True)
+class TellQueued:
+    """What waits at this router: of use to other routers, which that worker tells."""
+
+    worker: WorkerId
+    queued: Queued
+
+
+@dataclass(frozen=True, slots=True)
 class AbortOn:
     """End an attempt and free its blocks, also those that wait to be fetched."""
 
@@ -437,6 +447,7 @@ Command: TypeAlias = (
     Deliver
     | Submit
     | Reserve
+    | TellQueued
     | AbortOn
     | Forget
     | Resend

@@ -18,6 +18,7 @@ from engine.learned_times import Factor
 from protos.ids import TicketId
 from router.core.backlog import Backlog, Before, Waiting
 from router.core.caution import Caution
+from router.core.elsewhere import Elsewhere
 from router.core.events import (
     End,
     Ended,
@@ -95,8 +96,9 @@ class Gate:
     """Refuses what can't be served as promised."""
 
     def __init__(
-        self, promises: Promises, placement: Placement, view: View, backlog: Backlog
-    ) -> None:
+        self, promises: Promises, placement: Placement, view: View, backlog: Backlog,
+        elsewhere: Elsewhere,
+    ) -> None:  # fmt: skip
         self.sizes = PromptSizes()
         self.ttft_factor = Factor(newest_weight=NEWEST_WEIGHT)
         self.tpot_factor = Factor(newest_weight=NEWEST_WEIGHT)
@@ -106,6 +108,7 @@ class Gate:
         self._placement = placement
         self._view = view
         self._backlog = backlog
+        self._elsewhere = elsewhere
         self._coming: dict[TicketId, LetIn] = {}
         self._coming_s = 0.0
 
@@ -121,7 +124,8 @@ class Gate:
             ttft_slo_s=promised.ttft_s, tpot_slo_s=promised.tpot_s,
         )  # fmt: skip
         self._forget_due(now_s)
-        waits = self._backlog.before(terms.tenant, self._due_s(now_s, terms))
+        waits_here = self._backlog.before(terms.tenant, self._due_s(now_s, terms))
+        waits = self._elsewhere.before(now_s, waits_here)
         before = Before(waits.work_s + self._coming_s, waits.requests + len(self._coming))
         expected = self._placement.expect(now_s, self._view, shape, before)
         if expected is None:

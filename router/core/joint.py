@@ -160,20 +160,16 @@ class JointPlacement:
         best = self._best(ask, view, shape, there, Shortlist())
         first = best.first or best.chosen
         queues_s = there.queue_s[best.computing]
-        # What waits at other routers is not told: it is taken to be as much as waits here.
-        routers = float(there.columns.routers.max())
         # What waits fills up the shortest queues first; those that caches made longer stay so.
-        level_s = float(queues_s.sum() + routers * before.work_s) / len(queues_s)
+        level_s = float(queues_s.sum() + before.work_s) / len(queues_s)
         prefill_s = float(there.prefill_s[first.at])
-        until_room_s = self._pricing.until_room_s(
-            ask, there, routers * before.work_s, routers * before.requests
-        )
+        until_room_s = self._pricing.until_room_s(ask, there, before)
         ttft_s = max(float(there.queue_s[first.at]), level_s, until_room_s) + prefill_s
         at, tpot_s = best.chosen.at, best.chosen.numbers[_TPOT]
         if best.first is None and there.columns.decodes[at]:
             # What was promised to those beside it counts as well: its prompt takes time from them.
             tpot_s *= float(there.left[at] / there.left_with_it[at])
-        joined = routers * before.requests / len(decode or prefill)
+        joined = before.requests / len(decode or prefill)
         tpot_s = self._pricing.tpot_after(ask, there.columns, at, tpot_s, ttft_s, joined)
         alone_s = self._pricing.step_s(there.columns.role(at), 1.0, ask.context_tokens)
         return Expected(ttft_s, tpot_s, prefill_s, alone_s, ask.length_tokens)

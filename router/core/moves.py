@@ -15,8 +15,9 @@ from protos.ids import Attempt, RequestKey, WorkerId
 from router.core.admission import too_long
 from router.core.backlog import Backlog
 from router.core.deadlines import Deadlines
+from router.core.elsewhere import Elsewhere
 from router.core.endings import Endings, Told
-from router.core.events import End, Ended, Fault, Submit
+from router.core.events import End, Ended, Fault, Role, Submit
 from router.core.gate import NOTHING_PROMISED, Gate, Promises, kind_of
 from router.core.lifecycle import Engagement, Request, State, Trigger
 from router.core.outbox import Counts, Outbox
@@ -56,6 +57,7 @@ class Moves:
     def __init__(self, settings: CoreSettings, placement: Placement, pool: WorkerPool) -> None:
         self.requests: dict[RequestKey, Request] = {}
         self.backlog = Backlog()
+        self.elsewhere = Elsewhere(self.backlog)
         """Those that have not begun and wait for their turn."""
         self.stranded: dict[RequestKey, Request] = {}
         """Those that have begun and that no worker can take, oldest first."""
@@ -73,7 +75,7 @@ class Moves:
             pool, self.index, settings.index_block_tokens, settings.expect_prefill,
             settings.local_prefill_max_tokens,
         )  # fmt: skip
-        self.gate = Gate(settings.promises, placement, self._view, self.backlog)
+        self.gate = Gate(settings.promises, placement, self._view, self.backlog, self.elsewhere)
 
     # Placing and submitting
 
@@ -82,7 +84,7 @@ class Moves:
         others_wait = bool(self.backlog)
         # Also if it is placed at once: its tenant is served as those are that wait.
         self.backlog.add(request.key, request.waits)
-        if others_wait:
+        if others_wait or self.elsewhere.go_first(now_s):
             self.look_again()
         else:
             self.place(now_s, request)
@@ -95,13 +97,27 @@ class Moves:
         for request in list(self.stranded.values()):
             self.place(now_s, request)
         while (key := self.backlog.next(now_s, self._placement.held_share)) is not None:
-            if not self.place(now_s, self.requests[key]):
+            if self.elsewhere.go_first(now_s) or not self.place(now_s, self.requests[key]):
                 break
         for key in self.backlog.take_put_behind():
             late = self.requests.get(key)
             if late is not None and late.foreseen is not None:
                 late.foreseen = self.gate.learn_late(late.foreseen, late.story.terms)
         self._looks_due = False
+
+    def hear_queues(self, now_s: float, worker: Worker) -> None:
+        """A worker told what waits at other routers: it may be this one's turn."""
+        waited = self.elsewhere.go_first(now_s)
+        self.elsewhere.hear(now_s, worker)
+        if waited and not self.elsewhere.go_first(now_s):
+            self.look_again()
+
+    def tell_queue(self, now_s: float) -> None:
+        """Let other routers know what waits here."""
+        # All routers see the same workers, so they choose the same one to tell.
+        workers = self.pool.usable(Role.DECODE) or self.pool.usable(Role.PREFILL)
+        if workers and (command := self.elsewhere.tell(now_s, workers[0].id)) is not None:
+            self.outbox.note(command)
 
     def look_again(self) -> None:
         """Who waits may be placed now."""

@@ -94,6 +94,7 @@ class RouterCore:
             self._started_s = now_s
         answer = self._handlers[type(event)](now_s, event)
         self.moves.place_waiting(now_s)
+        self.moves.tell_queue(now_s)
         commands = self.moves.outbox.take()
         return commands if answer is None else [*commands, answer]
 
@@ -292,8 +293,9 @@ class RouterCore:
                 or event.load.kv_blocks_used < before.kv_blocks_used
             ):
                 self.moves.look_again()  # There may be room for what waits here.
-            worker.others = event.others
+            worker.others, worker.queued_beside = event.others, event.queued_beside
             self._placement.stepped(now_s, worker)
+            self.moves.hear_queues(now_s, worker)
         take = self._outputs.take
         for output in event.outputs:
             take(now_s, worker, output)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
+from engine.base import NOTHING_PLACED, NOTHING_QUEUED, EngineLoad, PlacedWork, Queued
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Attempt, Incarnation, RequestKey, WorkerId
 from router.core.events import MemberFacts, Role, WorkerUp
@@ -42,6 +42,8 @@ class Worker:
     """Requests of this router that generate here or will."""
     others: PlacedWork = NOTHING_PLACED
     """What other routers have here."""
+    queued_beside: Queued = NOTHING_QUEUED
+    """What waits at other routers, as far as they told this worker."""
 
     @property
     def usable(self) -> bool:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import engine.service
-from engine.base import NOTHING_PLACED, PlacedWork
+from engine.base import NOTHING_PLACED, NOTHING_QUEUED, QUEUE_VALID_S, PlacedWork, Queued
 from engine.service import WorkerService
 from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
 from protos import worker_pb2
 from protos.ids import Incarnation, WorkerId
+from router.core.events import StepReported
 from router.worker_messages import step_reported
 from tests.engine.running_worker import TOKEN, Router, submit
 
@@ -55,15 +56,25 @@ async def attached(address: str, router_id: str, incarnation: int = 1) -> Router
     return router
 
 
-async def hears(router: Router, is_it: Callable[[PlacedWork], bool]) -> PlacedWork:
-    """What it is told of others, once that is as wanted."""
+async def reports(router: Router) -> AsyncIterator[StepReported]:
+    """What it is told, for some seconds."""
     async with asyncio.timeout(5):
         async for message in router.messages():
             if message.HasField("step"):
-                others = step_reported(WORKER, Incarnation(1), message.step).others
-                if is_it(others):
-                    return others
+                yield step_reported(WORKER, Incarnation(1), message.step)
     raise AssertionError("the link ended")
+
+
+async def hears(router: Router, is_it: Callable[[PlacedWork], bool]) -> PlacedWork:
+    """What it is told of others' work, once that is as wanted."""
+    async with contextlib.aclosing(reports(router)) as heard:
+        return await anext(each.others async for each in heard if is_it(each.others))
+
+
+async def hears_queued(router: Router, is_it: Callable[[Queued], bool]) -> Queued:
+    """The same of what waits at others."""
+    async with contextlib.aclosing(reports(router)) as heard:
+        return await anext(each.queued_beside async for each in heard if is_it(each.queued_beside))
 
 
 def standing(others: PlacedWork) -> PlacedWork:
@@ -111,6 +122,25 @@ async def test_what_will_decode_there_is_told_until_it_is_taken_back(address: st
     assert told == PlacedWork(decodes=1, context_tokens=700, coming_tokens=700, routers=1)
     await one.send(reserve=worker_pb2.Reserve(request_key="0:a"))
     assert await hears(other, lambda others: not others.decodes) == NOTHING_MORE
+    for router in (one, other):
+        await router.close()
+
+
+async def test_what_waits_at_a_router_is_told_to_others_as_long_as_it_says_so(address: str) -> None:
+    one, other = await attached(address, "one"), await attached(address, "other")
+    said = worker_pb2.Queued(requests=3, work_s=1.5, first_due_in_s=2.0)
+    await one.send(queued=said)
+    told = await hears_queued(other, lambda queued: queued.requests > 0)
+    assert told[:2] == (3, 1.5)
+    assert 1.0 < told.first_due_in_s < 2.0
+    # It is not repeated.
+    assert await hears_queued(other, lambda queued: not queued.requests) == NOTHING_QUEUED
+    await one.send(queued=said)
+    await hears_queued(other, lambda queued: queued.requests > 0)
+    await one.send(queued=worker_pb2.Queued())
+    async with asyncio.timeout(QUEUE_VALID_S / 2):
+        await hears_queued(other, lambda queued: not queued.requests)
+    assert await hears_queued(one, lambda queued: True) == NOTHING_QUEUED
     for router in (one, other):
         await router.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.base import NOTHING_PLACED, PlacedWork
+from engine.base import NOTHING_PLACED, NOTHING_QUEUED, QUEUE_VALID_S, PlacedWork, Queued
 from engine.work_by_router import Share, WorkByRouter
 
 ROUTERS = ("a", "b", "c")
@@ -138,3 +138,34 @@ def test_totals_are_never_negative_and_all_comes_off(
             work.end(share)
     left = work.others("nobody") or NOTHING_PLACED
     assert left._replace(computed_tokens=0, computed_pairs=0, routers=0) == NOTHING_PLACED
+
+
+def test_what_waits_at_others_is_their_sum_and_due_when_the_first_of_it_is() -> None:
+    work = WorkByRouter()
+    assert work.queued_beside(0.0, "a") == NOTHING_QUEUED
+    work.queue(10.0, "a", Queued(1, 0.5, 4.0))
+    work.queue(10.25, "b", Queued(2, 1.0, 3.0))
+    work.queue(10.5, "c", Queued(3, 2.0, 9.0))
+    assert work.queued_beside(10.5, "c") == Queued(3, 1.5, 2.75)
+    assert work.queued_beside(10.5, "b") == Queued(4, 2.5, 3.5)
+    assert work.changed_beside("ab") == ["a", "b"]
+    work.told()
+    work.queue(10.5, "b", NOTHING_QUEUED)
+    assert work.queued_beside(10.5, "a") == Queued(3, 2.0, 9.0)
+    assert work.changed_beside("ab") == ["a"]
+
+
+def test_a_queue_that_is_not_repeated_is_not_believed_for_long() -> None:
+    work = WorkByRouter()
+    work.queue(10.0, "a", Queued(1, 0.5, 4.0))
+    assert work.queued_beside(10.0 + QUEUE_VALID_S, "b") == Queued(1, 0.5, 4.0 - QUEUE_VALID_S)
+    assert work.queued_beside(10.01 + QUEUE_VALID_S, "b") == NOTHING_QUEUED
+
+
+def test_the_queue_of_a_router_that_begins_anew_or_is_gone_is_no_more() -> None:
+    work = WorkByRouter()
+    for gone in (work.release_all, work.forget):
+        work.queue(10.0, "a", Queued(1, 0.5, 4.0))
+        work.told()
+        gone("a")
+        assert work.queued_beside(10.0, "b") == NOTHING_QUEUED

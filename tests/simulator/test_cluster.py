@@ -250,3 +250,14 @@ def test_routers_do_not_herd() -> None:
     one, four = (run(layout, "baton", SLO, requests, routers=n).measured.ttft for n in (1, 4))
     assert four.mean_s == pytest.approx(one.mean_s, rel=0.02)
     assert four.quantile_s(1.0) == pytest.approx(one.quantile_s(1.0), rel=0.02)
+
+
+def test_room_goes_to_who_came_first_whichever_router_it_waits_at() -> None:
+    """Ten fit into the decode worker's cache, and they come a little faster than they end."""
+    layout = Layout(replace(PROFILE, kv_tokens_reported=40_960), 1, 1)
+    slo, requests = Slo(10.0, 0.1), [TracedRequest(0.4 * n, 4000, 500) for n in range(150)]
+    one, four = (run(layout, "baton", slo, requests, routers=n).measured for n in (1, 4))
+    assert one.attainment == four.attainment == 1.0
+    assert one.ttft.quantile_s(0.5) > 2.0, "they wait"
+    for share in (0.5, 0.9, 1.0):
+        assert four.ttft.quantile_s(share) == pytest.approx(one.ttft.quantile_s(share), rel=0.05)

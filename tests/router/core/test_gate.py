@@ -11,6 +11,7 @@ from kvstore.index import KvIndex
 from protos.ids import TicketId
 from router.core.backlog import Backlog, Before, Waiting
 from router.core.caution import LATE_SHARE, LEAST
+from router.core.elsewhere import Elsewhere
 from router.core.events import (
     NO_TERMS,
     End,
@@ -60,7 +61,7 @@ class Bench:
     def __init__(self, promises: Promises = PROMISES) -> None:
         self.oracle, self.backlog = Oracle(), Backlog()
         view = View(WorkerPool(), KvIndex(10), 128, True, 0)
-        self.gate = Gate(promises, self.oracle, view, self.backlog)
+        self.gate = Gate(promises, self.oracle, view, self.backlog, Elsewhere(self.backlog))
         self.now_s = 0.0
         self.tickets = 0
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
 from protos.ids import Incarnation, WorkerId
-from router.core.backlog import Before
 from router.core.events import RequestAborted, Reserve, Shape, StepReported, Submit
 from router.core.forecast import LARGEST_SHARE
 from router.core.joint import JointPlacement
@@ -177,20 +176,6 @@ def test_others_prompts_teach_how_long_prompts_take() -> None:
     assert bench.policy.learned.prefill.value == pytest.approx(
         (3 * LONG_S - 7 * 0.006) / work_s, rel=0.05
     )
-
-
-def test_what_waits_at_other_routers_is_taken_to_be_as_much_as_waits_here() -> None:
-    shape = Shape(1280, None)
-    expected = []
-    for routers in (0, 1, 3):
-        bench = Bench("d1")
-        told(bench, "d1", PlacedWork(routers=routers))
-        found = bench.policy.expect(bench.now_s, bench.view, shape, Before(2.0, 10))
-        assert found is not None
-        expected.append(found)
-    waits_s = [each.ttft_s - each.alone_ttft_s for each in expected]
-    assert waits_s == pytest.approx([2.0, 4.0, 8.0])
-    assert expected[0].tpot_s < expected[1].tpot_s < expected[2].tpot_s
 
 
 histories = st.lists(
