@@ -59,7 +59,7 @@ class Weights:
     are short: docs/adr/0007."""
     floor: float = 0.02
     """What a prompt's time costs at least, where nothing waits: so caches are used."""
-    hold: float = 0.15
+    hold: float = 0.3
     """Requests wait at the router, where they can still be ordered and go to whoever is free first,
     while on every worker the prompts before it take this share of the TTFT that is promised to all:
     docs/adr/0008."""
@@ -239,9 +239,8 @@ class Pricing:
         )  # fmt: skip
 
     def all_busy(self, there: Found, computing: slice, promised_ttft_s: float) -> bool:
-        """Whether each of these has enough prompts before it for now. Of several routers each gives
-        it as much (docs/adr/0009)."""
-        enough_s = self._weights.hold * promised_ttft_s * there.columns.routers
+        """Whether each of these has enough prompts before it for now."""
+        enough_s = self._weights.hold * promised_ttft_s
         return bool((there.queue_s > enough_s)[computing].all())
 
     def until_room_s(self, ask: Asked, there: Found, before: Before) -> float:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.base import NOTHING_PLACED, EngineLoad, PlacedWork
 from protos.ids import Incarnation, WorkerId
-from router.core.events import RequestAborted, Reserve, Shape, StepReported, Submit
+from router.core.events import RequestAborted, Reserve, StepReported, Submit
 from router.core.forecast import LARGEST_SHARE
 from router.core.joint import JointPlacement
 from router.core.workers import Worker
@@ -293,12 +293,3 @@ def test_what_waits_is_placed_when_others_made_room() -> None:
     others_on(drive, "d", LONG)
     assert drive.arrive("a") == []
     assert [type(command) for command in others_on(drive, "d", DONE)] == [Submit]
-
-
-@pytest.mark.parametrize(("routers", "waits"), [(0, True), (3, False)])
-def test_of_several_routers_each_lets_as_much_wait_at_workers(routers: int, waits: bool) -> None:
-    bench = Bench("d1", hold=0.15)
-    bench.place(tokens=12_800)  # More than 0.15 of 2 s, and less than four times as much.
-    told(bench, "d1", PlacedWork(routers=routers))
-    decision = bench.policy.place(bench.now_s, bench.view, bench.key(2), Shape(1280, None))
-    assert (decision is None) == waits
