@@ -93,3 +93,34 @@ async def test_outputs_of_both_are_exact_while_one_dies(units: tuple[Unit, Unit]
     # Two's requests never saw it.
     _, state = await two.get("/state")
     assert state["counts"]["resends"] == 0
+
+
+async def test_room_goes_to_who_came_first_whichever_router_it_waits_at(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two = (Unit(tmp_path / name, joint=JOINT, router_id=name) for name in ("one", "two"))
+    try:
+        # Four fill its cache, for longer than the rest takes.
+        await one.start("p0", "d0", step_s=0.05)
+        await two.start_beside(one)
+        for _ in range(10):
+            two.request(1)  # So that no prompt of the one is one of the other.
+        running = []
+        for unit in (one, two, one, two):
+            request = unit.request(1900, max_tokens=140)
+            await unit.anchor.ask(request).begun(2)
+            running.append((unit, request))
+        waiting = []
+        for unit in (two, one, one, two):
+            request = unit.request(1900, max_tokens=2)
+            waiting.append(unit.anchor.ask(request))
+            await asyncio.sleep(TOLD_S / 2)
+        assert not any(stream.tokens for stream in waiting), "they wait"
+        for at, (unit, request) in enumerate(running):
+            unit.anchor.abort(request.request_id)
+            await waiting[at].whole()
+        began_s = [stream.times_s[0] for stream in waiting]
+        assert began_s == sorted(began_s)
+    finally:
+        one.close()
+        two.close()
