@@ -55,6 +55,8 @@ class Backlog:
         """Each with its place in its tenant's queue."""
         self._tenants: dict[str, DueQueue] = {}
         """Those of whom something waits."""
+        self._all = DueQueue()
+        """Whosever they are."""
         self._served: OrderedDict[str, float] = OrderedDict()
         """Weighted tokens by tenant; the latest served are kept."""
         self._last_left: str | None = None
@@ -89,6 +91,7 @@ class Backlog:
         waiting, place = found
         queue = self._tenants[waiting.tenant]
         queue.remove(place)
+        self._all.remove(place)
         if not queue:
             del self._tenants[waiting.tenant]
             self._last_left = waiting.tenant
@@ -117,12 +120,12 @@ class Backlog:
     @property
     def first_due_s(self) -> float:
         """When the one that is due first is; never, if none waits."""
-        return min((queue.first().due_s for queue in self._tenants.values()), default=math.inf)
+        return self._all.first().due_s if self._all else math.inf
 
     @property
     def work_s(self) -> float:
         """Of all prompts that wait, on one worker."""
-        return sum(queue.work_s for queue in self._tenants.values())
+        return self._all.work_s
 
     def before(self, name: str, due_s: float) -> Before:
         """What goes before a request that comes now: of its tenant what is due earlier, and of
@@ -146,6 +149,7 @@ class Backlog:
             if place.due_s != waiting.due_s or computed_s <= waiting.late_s:
                 return place.key
             queue.remove(place)
+            self._all.remove(place)
             self._enqueue(queue, place.key, waiting, waiting.due_s + BEHIND_S)
             self._put_behind.append(place.key)
 
@@ -154,6 +158,7 @@ class Backlog:
         place = Due(due_s, self._numbers, key, waiting.prefill_s)
         self._waiting[key] = waiting, place
         queue.add(place)
+        self._all.add(place)
 
     def _lift(self, name: str) -> None:
         """Time in which a tenant asked for nothing is not owed to it."""

@@ -37,6 +37,20 @@ def test_who_is_due_first_goes_first() -> None:
     assert backlog.next(0.0) is None
 
 
+def test_who_is_due_first_of_all_tenants_is_known_at_any_time() -> None:
+    backlog = Backlog()
+    assert (backlog.first_due_s, backlog.work_s) == (math.inf, 0.0)
+    backlog.add(key("a"), Waiting("x", 1.0, late_s=1.0, prefill_s=0.25))
+    backlog.add(key("b"), Waiting("y", 2.0, prefill_s=0.5))
+    assert (backlog.first_due_s, backlog.work_s) == (1.0, 0.75)
+    backlog.next(0.9)
+    assert backlog.first_due_s == 2.0, "the other is put behind"
+    backlog.remove(key("b"))
+    assert (backlog.first_due_s, backlog.work_s) == (1.0 + BEHIND_S, 0.25)
+    backlog.remove(key("a"))
+    assert (backlog.first_due_s, backlog.work_s) == (math.inf, 0.0)
+
+
 def test_who_left_is_not_asked_again() -> None:
     backlog = Backlog()
     backlog.add(key("a"), Waiting("", 1.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -210,8 +209,3 @@ def test_a_ticket_is_refused_for_what_waits_elsewhere(drive: Drive) -> None:
     assert isinstance(drive.feed(asked)[-1], TicketRefused)
     report(drive, OTHERS, NOTHING_QUEUED)
     assert not isinstance(drive.feed(asked)[-1], TicketRefused)
-
-
-def test_a_queue_that_is_empty_is_never_due() -> None:
-    assert Backlog().first_due_s == math.inf
-    assert Backlog().work_s == 0
