@@ -67,7 +67,8 @@ class WorkByRouter:
 
     def release_all(self, router_id: str) -> None:
         """A router begins anew, or is gone."""
-        self._queued.pop(router_id, None)
+        if self._queued.pop(router_id, None) is not None:
+            self._changed.add(router_id)
         for share in self._reserved.pop(router_id, {}).values():
             self.end(share)
 

@@ -92,6 +92,8 @@ class Backlog:
         queue = self._tenants[waiting.tenant]
         queue.remove(place)
         self._all.remove(place)
+        if not self._all:
+            self._all = DueQueue()  # Without what rounding left.
         if not queue:
             del self._tenants[waiting.tenant]
             self._last_left = waiting.tenant

@@ -124,8 +124,8 @@ class Gate:
             ttft_slo_s=promised.ttft_s, tpot_slo_s=promised.tpot_s,
         )  # fmt: skip
         self._forget_due(now_s)
-        waits_here = self._backlog.before(terms.tenant, self._due_s(now_s, terms))
-        waits = self._elsewhere.before(now_s, waits_here)
+        due_s = self._due_s(now_s, terms)
+        waits = self._elsewhere.before(now_s, due_s, self._backlog.before(terms.tenant, due_s))
         before = Before(waits.work_s + self._coming_s, waits.requests + len(self._coming))
         expected = self._placement.expect(now_s, self._view, shape, before)
         if expected is None:

@@ -57,8 +57,8 @@ class Moves:
     def __init__(self, settings: CoreSettings, placement: Placement, pool: WorkerPool) -> None:
         self.requests: dict[RequestKey, Request] = {}
         self.backlog = Backlog()
-        self.elsewhere = Elsewhere(self.backlog)
         """Those that have not begun and wait for their turn."""
+        self.elsewhere = Elsewhere(self.backlog)
         self.stranded: dict[RequestKey, Request] = {}
         """Those that have begun and that no worker can take, oldest first."""
         self._looks_due = False
@@ -84,7 +84,7 @@ class Moves:
         others_wait = bool(self.backlog)
         # Also if it is placed at once: its tenant is served as those are that wait.
         self.backlog.add(request.key, request.waits)
-        if others_wait or self.elsewhere.go_first(now_s):
+        if others_wait or self.elsewhere.is_first(now_s):
             self.look_again()
         else:
             self.place(now_s, request)
@@ -96,8 +96,12 @@ class Moves:
             return
         for request in list(self.stranded.values()):
             self.place(now_s, request)
-        while (key := self.backlog.next(now_s, self._placement.held_share)) is not None:
-            if self.elsewhere.go_first(now_s) or not self.place(now_s, self.requests[key]):
+        while not self.elsewhere.is_first(now_s):
+            # Who goes next may not be in time any more, and the one behind it due later.
+            key = self.backlog.next(now_s, self._placement.held_share)
+            if key is None or self.elsewhere.is_first(now_s):
+                break
+            if not self.place(now_s, self.requests[key]):
                 break
         for key in self.backlog.take_put_behind():
             late = self.requests.get(key)
@@ -107,17 +111,21 @@ class Moves:
 
     def hear_queues(self, now_s: float, worker: Worker) -> None:
         """A worker told what waits at other routers: it may be this one's turn."""
-        waited = self.elsewhere.go_first(now_s)
-        self.elsewhere.hear(now_s, worker)
-        if waited and not self.elsewhere.go_first(now_s):
+        waited = self.elsewhere.is_first(now_s)
+        if self.elsewhere.hear(now_s, worker) and waited and not self.elsewhere.is_first(now_s):
             self.look_again()
 
     def tell_queue(self, now_s: float) -> None:
         """Let other routers know what waits here."""
-        # All routers see the same workers, so they choose the same one to tell.
+        # All routers see the same workers, so they tell the same one; of those that decode, since
+        # these report often.
         workers = self.pool.usable(Role.DECODE) or self.pool.usable(Role.PREFILL)
-        if workers and (command := self.elsewhere.tell(now_s, workers[0].id)) is not None:
-            self.outbox.note(command)
+        if not workers:
+            return
+        for command in self.elsewhere.tell(now_s, workers[0].id, goes_on=self.pool.all_reached):
+            told = self.pool.get(command.worker)
+            if told is not None and told.attached:
+                self.outbox.note(command)
 
     def look_again(self) -> None:
         """Who waits may be placed now."""

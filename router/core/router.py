@@ -240,6 +240,7 @@ class RouterCore:
         worker = self._living(event.worker, event.incarnation)
         if worker is not None:
             self.pool.detach(worker)
+            self.moves.elsewhere.forget(worker.id)
             self._feed_of(worker).end()
 
     def _worker_dead(self, now_s: float, event: WorkerDead) -> None:
@@ -252,6 +253,7 @@ class RouterCore:
 
     def _worker_lost(self, now_s: float, worker: Worker, why: str) -> None:
         self.pool.remove(worker)
+        self.moves.elsewhere.forget(worker.id)
         self._feed_of(worker).end()
         del self._feeds[worker.id]
         self._lose(now_s, worker, set(worker.live), f"{worker.id} is gone: {why}", died=True)

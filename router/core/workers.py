@@ -134,6 +134,11 @@ class WorkerPool:
         return bool(self._facts) and self._facts.keys() <= self._heard_of
 
     @property
+    def all_reached(self) -> bool:
+        """The links to all members stand."""
+        return self._all_reached
+
+    @property
     def expects_any(self) -> bool:
         """A member is missing that may still come."""
         return not self._facts.keys() <= self._workers.keys()
@@ -191,3 +196,4 @@ class WorkerPool:
     def _choose_usable(self) -> None:
         ordered = sorted((w for w in self if w.usable), key=lambda worker: worker.id)
         self._usable = {role: tuple(w for w in ordered if w.role is role) for role in Role}
+        self._all_reached = self._facts.keys() <= {w.id for w in self if w.attached}

@@ -169,3 +169,4 @@ def test_the_queue_of_a_router_that_begins_anew_or_is_gone_is_no_more() -> None:
         work.told()
         gone("a")
         assert work.queued_beside(10.0, "b") == NOTHING_QUEUED
+        assert work.changed_beside("ab") == ["b"]
