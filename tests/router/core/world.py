@@ -17,6 +17,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec.structs import replace
 
+from engine.base import NOTHING_PLACED, NOTHING_QUEUED, EngineLoad, Queued
 from protos.anchor_link import Deliver
 from protos.enginecore import decode_request, error_output
 from protos.ids import Attempt, RequestKey, WorkerId
@@ -38,10 +39,11 @@ from router.core.events import (
     SnapshotTaken,
     StepReported,
     Submit,
+    TellQueued,
 )
 from tests.router.core.driving import TICKET, Drive, demand, key
 
-ToWorker: TypeAlias = Submit | AbortOn | Forget | Resend
+ToWorker: TypeAlias = Submit | TellQueued | AbortOn | Forget | Resend
 
 
 @dataclass
@@ -77,6 +79,9 @@ class FakeWorker:
         """Take one of the router's commands."""
         if isinstance(command, Submit):
             self._submit(command)
+            return
+        if isinstance(command, TellQueued):
+            assert (command.queued.requests == 0) == (command.queued == NOTHING_QUEUED)
             return
         kept = self.kept.get((command.key, command.attempt))
         if kept is None:
@@ -160,6 +165,7 @@ class World:
         self.workers = {
             name: FakeWorker(name, self.new_tokens) for name in ("p1", "p2", "d1", "d2")
         }
+        self.steps = 0
         self.asked: dict[str, Asked] = {}
         self.ends: dict[RequestKey, list[End]] = {}
         self.drive = make_drive()
@@ -237,11 +243,18 @@ class World:
             self.feed_step(worker, outputs, worker.incarnation)
 
     def feed_step(self, worker: FakeWorker, outputs: list[OutputReport], incarnation: int) -> None:
-        self.obey(
-            self.drive.feed(
-                StepReported(WorkerId(worker.name), incarnation, outputs)  # type: ignore[arg-type]
-            )
+        """With every third report somebody is due at another router, before all that wait here."""
+        self.steps += 1
+        queued = NOTHING_QUEUED if self.steps % 3 else Queued(1, 0.1, -100.0)
+        step = StepReported(
+            WorkerId(worker.name),
+            incarnation,
+            outputs,
+            EngineLoad(),
+            NOTHING_PLACED,
+            queued,  # type: ignore[arg-type]
         )
+        self.obey(self.drive.feed(step))
 
     def repeat_old(self, worker: FakeWorker, index: int, older: bool) -> None:
         """A stale output arrives: said before, or of an attempt that was superseded."""
@@ -256,6 +269,7 @@ class World:
             self._cut(worker)
             if worker.left_alone:
                 worker.kept.clear()
+                worker.said.clear()  # Nothing of it comes over the next router's link.
                 worker.left_alone = False
         self._start_router()
 
