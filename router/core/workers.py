@@ -92,6 +92,8 @@ class WorkerPool:
         self.weights = ""
         """Digest of those that are served: the oldest member's of those that do not drain. So all
         routers serve the same, and go over to others once nobody is left who has these."""
+        self.all_reached = True
+        """The links to all members stand."""
         self._usable: dict[Role, tuple[Worker, ...]] = {}
         self._heard_of: set[WorkerId] = set()
         self._choose_usable()
@@ -132,11 +134,6 @@ class WorkerPool:
     def all_heard_of(self) -> bool:
         """Every member was up at least once, or is known to be dead; and there are members."""
         return bool(self._facts) and self._facts.keys() <= self._heard_of
-
-    @property
-    def all_reached(self) -> bool:
-        """The links to all members stand."""
-        return self._all_reached
 
     @property
     def expects_any(self) -> bool:
@@ -196,4 +193,4 @@ class WorkerPool:
     def _choose_usable(self) -> None:
         ordered = sorted((w for w in self if w.usable), key=lambda worker: worker.id)
         self._usable = {role: tuple(w for w in ordered if w.role is role) for role in Role}
-        self._all_reached = self._facts.keys() <= {w.id for w in self if w.attached}
+        self.all_reached = self._facts.keys() <= {w.id for w in self if w.attached}
