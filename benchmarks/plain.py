@@ -20,7 +20,7 @@ from typing import Final
 
 import psutil
 
-from cluster.engine_defaults import cpu_arguments, cpu_environment
+from cluster.engine_defaults import cpu_arguments, cpu_environment, tiny_model_dtype
 from cluster.model import TINY_NAME
 from tests.free_ports import free_port
 
@@ -77,7 +77,7 @@ def _command(model: Path, port: int) -> list[str]:
     command += ["--model", str(model), "--served-model-name", TINY_NAME]
     # A log line per request would only cost it time.
     command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-    for name, value in cpu_arguments().items():
+    for name, value in {**cpu_arguments(), "dtype": tiny_model_dtype()}.items():
         command.append(f"--{name.replace('_', '-')}")
         if value is not True:
             command.append(str(value))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from pathlib import Path
 from typing import Any, Final
 
 from cluster.config import Config
@@ -74,4 +75,24 @@ def cpu_environment(engines: int) -> dict[str, str]:
 def tiny_model_arguments() -> dict[str, Any]:
     """For the tiny model: what it writes is random, so guided JSON would fill up with spaces."""
     choice = {"backend": "xgrammar", "disable_any_whitespace": True}
-    return {"structured_outputs_config": choice}
+    return {"structured_outputs_config": choice, "dtype": tiny_model_dtype()}
+
+
+def tiny_model_dtype() -> str:
+    """What it is computed in: as it is stored, where the CPU can."""
+    # PyTorch does without, on one core and with a loop: a product of matrices took 2,300 ms instead
+    # of 27 in float32, and a prompt of 1,024 tokens 350 instead of 125.
+    return "bfloat16" if cpu_has_bfloat16() else "float32"
+
+
+def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether oneDNN, by which PyTorch multiplies, takes bfloat16 on this machine: with AVX-512, or
+    on ARM with BF16; `torch.ops.mkldnn._is_mkldnn_bf16_supported` says the same, but loads it."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    words = {
+        word
+        for line in lines
+        if line.lower().startswith(("flags", "features"))
+        for word in line.split()
+    }
+    return "bf16" in words or {"avx512bw", "avx512vl", "avx512dq"} <= words

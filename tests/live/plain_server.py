@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from cluster.engine_defaults import tiny_model_dtype
 from tests.free_ports import free_port
 from tests.live.cluster_process import START_TIMEOUT_S, STOP_TIMEOUT_S
 
 _SERVER: Final = "vllm.entrypoints.launchers.api_server.entry"
 _ARGUMENTS: Final = (
+    f"--dtype={tiny_model_dtype()}",
     "--enforce-eager",
     "--max-model-len=8192",
     f"--kv-cache-memory-bytes={256 << 20}",

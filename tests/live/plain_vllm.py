@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cluster.engine_defaults import tiny_model_dtype
+
 
 def plain_outputs(model: Path, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What plain vLLM makes of each request."""
@@ -46,6 +48,7 @@ def main() -> None:
     torch.cpu._init_amx()
     llm = LLM(
         sys.argv[1],
+        dtype=tiny_model_dtype(),
         enforce_eager=True,
         max_model_len=8192,
         kv_cache_memory_bytes=256 << 20,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from cluster.engine_defaults import cpu_arguments, cpu_environment
+from cluster.engine_defaults import cpu_arguments, cpu_environment, tiny_model_dtype
 from engine.spec import WorkerSpec
 from engine.vllm_host.engine import VllmEngine
 from protos.ids import WorkerId
@@ -33,6 +33,7 @@ def make_vllm(
             kv_lease_s=lease_s,
             engine_args={
                 **cpu_arguments(),
+                "dtype": tiny_model_dtype(),
                 "max_model_len": 8192,
                 "kv_cache_memory_bytes": KV_CACHE_BYTES,
                 **engine_args,
