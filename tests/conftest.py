@@ -18,6 +18,19 @@ settings.register_profile("baton", deadline=None)
 settings.load_profile("baton")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of `pytest tests`."""
+    parser.addoption(
+        "--whole", action="store_true", help="also what long proofs leave out: an hour more"
+    )
+
+
+@pytest.fixture(scope="session")
+def whole(pytestconfig: pytest.Config) -> bool:
+    """Long proofs are wanted whole, not the part of them that each change must pass."""
+    return bool(pytestconfig.getoption("--whole"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The tiny model's directory, built if need be."""

@@ -25,7 +25,7 @@ NOTICED_WITHIN_S = 10.0
 LATE_S = 10.0
 """What a request may take once the hang is noticed, while an engine loads on the same cores."""
 ASK_EVERY_S = 0.5
-LONG_TOKENS = 2500
+LONG_TOKENS = 1200
 
 
 @pytest.fixture(scope="module")
