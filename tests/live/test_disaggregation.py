@@ -9,9 +9,8 @@ from openai import OpenAI
 
 from tests.live.cluster_process import BatonServe, once_settled
 from tests.live.conftest import MODEL
+from tests.live.vllm_engines import KV_BYTES_PER_TOKEN
 
-KV_BYTES_PER_TOKEN = 2 * 3 * 2 * 64 * 2
-"""K and V, 3 layers, 2 KV heads of 64, bfloat16: engine/tiny_model.py."""
 BLOCK_TOKENS = 128
 BY_SOURCE = "vllm:prompt_tokens_by_source_total"
 

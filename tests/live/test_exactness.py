@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,14 @@ def test_outputs_equal_plain_vllms(
     assert cluster.metric("baton_handoffs_total") - handoffs == to_hand_over
 
 
+def parsed(text: str) -> Any:
+    """Guided output. xgrammar lets control characters into strings, under plain vLLM as well."""
+    return json.loads(text, strict=False)
+
+
 def _check_json(text: str) -> None:
-    thing = json.loads(text)
-    jsonschema.validate(thing, SCHEMA)
-    assert " " not in text.replace(json.dumps(thing["name"], ensure_ascii=False), "")
+    jsonschema.validate(parsed(text), SCHEMA)
+    assert " " not in re.sub(r'"(\\.|[^"\\])*"', "", text)  # Without strings.
 
 
 def _check_logprobs(ours: dict[str, Any], plain: dict[str, Any]) -> None:

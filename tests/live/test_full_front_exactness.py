@@ -6,7 +6,6 @@ compute in the same shapes; every one of them is handed over.
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
 import httpx
@@ -15,7 +14,14 @@ import pytest
 
 from tests.live.cluster_process import BatonServe
 from tests.live.conftest import MODEL
-from tests.live.test_exactness import KINDS, LENGTHS_TOKENS, SCHEMA, make_prompts, sampling_of
+from tests.live.test_exactness import (
+    KINDS,
+    LENGTHS_TOKENS,
+    SCHEMA,
+    make_prompts,
+    parsed,
+    sampling_of,
+)
 
 PROMPTS: Final = 24
 """The first of the suite's: all lengths, and some that continue the one before."""
@@ -73,7 +79,7 @@ def test_outputs_over_the_full_front_equal_plain_vllms(
             if "logprobs" in FORMS[kind]:
                 _check_logprobs(mine["logprobs"], theirs["logprobs"])
             if kind == "json":
-                jsonschema.validate(json.loads(mine["text"]), SCHEMA)
+                jsonschema.validate(parsed(mine["text"]), SCHEMA)
     assert not different, f"{len(different)} differ, e.g. {different[:3]}"
     assert cluster.metric("baton_handoffs_total") - handoffs == to_hand_over
     assert to_hand_over > PROMPTS / 2

@@ -27,7 +27,7 @@ from tests.contract.engine_contract import (
     new_id,
     prompt,
 )
-from tests.live.vllm_engines import make_vllm
+from tests.live.vllm_engines import KV_BYTES_PER_TOKEN, make_vllm
 
 __all__ = ["prompt"]
 
@@ -156,14 +156,13 @@ async def handed_off_by(engine: Driver, prompt: list[int]) -> EngineRequest:
 
 
 async def test_bytes_moved_are_those_of_the_prompts_blocks(engine: Driver, other: Driver) -> None:
-    kv_bytes_per_token = 2 * 3 * 2 * 64 * 2  # K and V, layers, KV heads, head size, bfloat16
     block_tokens = engine.info.block_size_tokens
     for prompt_tokens in (1, block_tokens, block_tokens + 1, 700):
         before = other.counters["vllm:nixl_bytes_transferred_sum"]
         await other.run(await handed_off_by(engine, make_prompt(prompt_tokens)))
         moved = other.counters["vllm:nixl_bytes_transferred_sum"] - before
-        wanted = kv_bytes_per_token * prompt_tokens
-        assert wanted <= moved < wanted + kv_bytes_per_token * block_tokens
+        wanted = KV_BYTES_PER_TOKEN * prompt_tokens
+        assert wanted <= moved < wanted + KV_BYTES_PER_TOKEN * block_tokens
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from engine.vllm_host.engine import VllmEngine
 from protos.ids import WorkerId
 
 KV_CACHE_BYTES = 128 << 20
+KV_BYTES_PER_TOKEN = 2 * 3 * 2 * 64 * (2 if tiny_model_dtype() == "bfloat16" else 4)
+"""K and V, 3 layers, 2 KV heads of 64: engine/tiny_model.py."""
 
 
 def make_vllm(
