@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 400.0
 
+pytestmark = pytest.mark.timeout(LIMIT_S + 50)
+
 
 def report_of(module: str, *arguments: str) -> str:
     """Raises if it fails, as it does when a request is not served whole."""
