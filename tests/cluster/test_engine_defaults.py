@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster import engine_defaults
+from cluster.config import Config
 from cluster.engine_defaults import cpu_has_bfloat16
 
 
@@ -29,3 +31,12 @@ def test_of_others_their_flags_say_it(tmp_path: Path, line: str, has: bool) -> N
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\n{line}\n", encoding="utf-8")
     assert cpu_has_bfloat16(cpuinfo) == has
+
+
+@pytest.mark.parametrize(("on_cpu", "dtype"), [(True, "float32"), (False, None)])
+def test_on_gpus_the_cpu_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, on_cpu: bool, dtype: str | None
+) -> None:
+    monkeypatch.setattr(engine_defaults, "is_cpu_install", lambda: on_cpu)
+    monkeypatch.setattr(engine_defaults, "cpu_has_bfloat16", lambda: False)
+    assert engine_defaults.arguments(Config(), "decode").get("dtype") == dtype
