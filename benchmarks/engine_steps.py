@@ -13,7 +13,7 @@ import argparse
 import math
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from benchmarks.fidelity_runs import PAUSE_S
 from benchmarks.open_loop import play
@@ -30,9 +30,11 @@ DECODES: Final = ((1, 256), (1, 1024), (1, 4096), (2, 512), (4, 256), (4, 1024),
 FETCHES: Final = (128, 512, 1024, 2048)
 BESIDE: Final = (512, 1024)
 """Of prompts that are computed while the other engine decodes."""
+REPEATS: Final = 15
 _OTHER: Final = len(DECODES)
 """The number of the load that is decoded beside prompts."""
 _DECODE_STEPS: Final = 256
+_DECODE_REPEATS: Final = 3
 _BESIDE_S: Final = 0.1
 """That a prompt beside another request takes at most, with four tokens of output."""
 _WARM_UP: Final = 8
@@ -41,20 +43,6 @@ ENGINE_ARGS: Final = {
     "block_size": 128, "num_gpu_blocks_override": 4096, "max_model_len": 8192,
     "max_num_seqs": 128, "max_num_batched_tokens": 2048,
 }  # fmt: skip
-
-
-class Repeats(NamedTuple):
-    """How often each point is measured, of which the median counts."""
-
-    moments: int
-    """Of requests that are alone, or beside one other."""
-    decodes: int
-    """Of a few hundred steps each."""
-
-
-REPEATS: Final = Repeats(15, 3)
-_MOST_DECODES: Final = REPEATS.decodes
-"""Each repeat has prompts of its own."""
 
 
 def configuration(prefill: int) -> dict[str, Any]:
@@ -69,14 +57,14 @@ def configuration(prefill: int) -> dict[str, Any]:
     }
 
 
-def measure(baton: Serving, link_s: float, repeats: Repeats = REPEATS, salt: int = 0) -> Measured:
+def measure(baton: Serving, link_s: float, repeats: int = REPEATS, salt: int = 0) -> Measured:
     """Of an instance with such a configuration: what an engine takes depends on what stands beside
     it. `link_s`: from router to engine, one way, which is not the engine's. `salt`: another for
     each measurement of one instance, which has the others' prompts cached."""
 
     def median_s(what: str, tokens: int, begin: str, end: str) -> float:
         times = moments(
-            baton, repeats.moments, tokens, output_tokens=4, pause_s=PAUSE_S, salt=f"{salt} {what}"
+            baton, repeats, tokens, output_tokens=4, pause_s=PAUSE_S, salt=f"{salt} {what}"
         )
         return statistics.median(each[end] - each[begin] for each in times)
 
@@ -86,7 +74,7 @@ def measure(baton: Serving, link_s: float, repeats: Repeats = REPEATS, salt: int
     # The first fetch shakes hands.
     moments(baton, _WARM_UP, _WARM_UP_TOKENS, output_tokens=4, salt=f"{salt}")
     prompts = {tokens: prompt_s("alone", tokens) for tokens in PROMPTS}
-    decodes = {each: _decode_s(baton.port, *each, repeats.decodes, salt) for each in DECODES}
+    decodes = {each: _decode_s(baton.port, *each, salt) for each in DECODES}
     fetches: dict[int, float] = {}
     beside: dict[int, float] = {}
     if len(baton.groups["workers"]) > 1:
@@ -96,7 +84,7 @@ def measure(baton: Serving, link_s: float, repeats: Repeats = REPEATS, salt: int
             for tokens in FETCHES
         }
         # As if nothing slowed its steps down: it lasts for longer than all prompts beside it.
-        lasts_s = (_WARM_UP + len(BESIDE) * repeats.moments) * (PAUSE_S + _BESIDE_S)
+        lasts_s = (_WARM_UP + len(BESIDE) * repeats) * (PAUSE_S + _BESIDE_S)
         steps = math.ceil(lasts_s / decodes[1, 256])
         with ThreadPoolExecutor(1) as thread:
             other = [TracedRequest(0.0, BLOCK_TOKENS, steps, ())]
@@ -116,13 +104,13 @@ def measure(baton: Serving, link_s: float, repeats: Repeats = REPEATS, salt: int
     )  # fmt: skip
 
 
-def _decode_s(port: int, requests: int, context_tokens: int, repeats: int, salt: int) -> float:
+def _decode_s(port: int, requests: int, context_tokens: int, salt: int) -> float:
     """Between two tokens of a request while so many decode; half of the outputs are on top of the
     prompts, which are one prompt, computed before."""
     tokens = context_tokens - _DECODE_STEPS // 2
     blocks = tuple(range(-(-tokens // BLOCK_TOKENS)))
     found = []
-    for repeat in range(repeats):
+    for repeat in range(_DECODE_REPEATS):
         own_salt = _salt(salt, DECODES.index((requests, context_tokens)), repeat)
         play(port, [TracedRequest(0.0, tokens, 1, blocks)], own_salt)
         served = play(
@@ -134,7 +122,7 @@ def _decode_s(port: int, requests: int, context_tokens: int, repeats: int, salt:
 
 def _salt(measurement: int, load: int, repeat: int = 0) -> int:
     """Its own for each load, and none that a comparison's own requests have."""
-    return 1 + repeat + _MOST_DECODES * (load + (_OTHER + 1) * measurement)
+    return 1 + repeat + _DECODE_REPEATS * (load + (_OTHER + 1) * measurement)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
-from benchmarks.engine_steps import Repeats, configuration, measure
+from benchmarks.engine_steps import configuration, measure
 from benchmarks.fidelity import Bounds, Pair, compare, compared_table
 from benchmarks.fidelity_runs import (
     Hops,
@@ -55,7 +55,7 @@ RUNS: Final = 3
 SIMULATED_PROFILE: Final = replace(PROFILES["llama-3.1-70b-h100x4"], max_model_len_tokens=16_384)
 """Its steps are long enough that two cores carry four engines, a router and a client."""
 SIMULATED: Final = Layout(SIMULATED_PROFILE, prefill=2, decode=2, block_tokens=128)
-COSTS_REPEATS: Final = Repeats(8, 3)
+COSTS_REPEATS: Final = 8
 """Of each point, before a run with real engines and after it."""
 
 
@@ -181,14 +181,13 @@ def with_real_engines(runs: int, quick: bool, _: bool) -> Iterator[str]:
 
 
 def add_real(
-    compared: Comparison, prefill: int, requests: Sequence[TracedRequest], hops: Hops, seed: int,
-    repeats: Repeats = COSTS_REPEATS,
-) -> Measured:  # fmt: skip
+    compared: Comparison, prefill: int, requests: Sequence[TracedRequest], hops: Hops, seed: int
+) -> Measured:
     """A run with real engines, and its simulation. Returns what these took."""
     looks: list[Measured] = []
 
     def look(baton: Serving) -> None:
-        looks.append(measure(baton, hops.link_s, repeats, salt=len(looks)))
+        looks.append(measure(baton, hops.link_s, COSTS_REPEATS, salt=len(looks)))
 
     live = run_live(configuration(prefill), requests, look=look)
     costs = mean(looks)

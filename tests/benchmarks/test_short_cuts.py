@@ -47,9 +47,7 @@ def test_the_front_door() -> None:
 
 
 @pytest.mark.slow
-def test_the_overhead(whole: bool) -> None:
-    if not whole:
-        pytest.skip("four servers start for it: with --whole")
+def test_the_overhead() -> None:
     report = report_of("overhead")
     for server in ("plain vLLM", "Baton aggregated", "Baton P/D"):
         assert rows(report, server)
