@@ -24,6 +24,7 @@ def test_every_policy_has_its_check() -> None:
     ("name", "scale"),
     [
         ("ray_prefix", 0.25),
+        ("sglang_cache_aware", 0.5),
         ("llmd_guide", 0.3),
     ],
 )
@@ -38,7 +39,6 @@ def test_order_and_size_hold(name: str, scale: float) -> None:
     [
         # Of the random ones the size is that of queues that had time to grow.
         ("random, round_robin, power_of_two, least_loaded", 0.03),
-        ("sglang_cache_aware", 0.5),
         ("llumnix", 0.5),
     ],
 )
