@@ -35,6 +35,7 @@ _SAME_SIGNAL_S: Final = 0.5
 _STOP_WORKERS_S: Final = 6.0
 _STOP_RAY_S: Final = 2.0
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Each stops it, but for a hangup under `nohup`."""
 
 
 def serve(config: Config) -> int:
@@ -99,6 +100,8 @@ class _Run:
     def _take_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # It was started to outlive its terminal.
             loop.add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:

@@ -423,10 +423,10 @@ def group(leader: int) -> list[int]:
 class Terminal:
     """A window that was opened for `baton serve` alone: its session's leader."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, *before: str) -> None:
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            [str(BATON), "serve", "--config", str(config)],
+            [*before, str(BATON), "serve", "--config", str(config)], cwd=config.parent,
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
@@ -446,22 +446,60 @@ class Terminal:
         os.close(self._ours)
 
 
-def test_a_terminal_that_is_closed_leaves_nothing(short_directory: Path) -> None:
-    config = short_directory / "baton.yaml"
-    ports = {"http": {"port": free_port()}, "grpc": {"port": free_port()}}
+def configured(directory: Path) -> tuple[Path, int]:
+    """A configuration, and its HTTP port."""
+    config, port = directory / "baton.yaml", free_port()
+    ports = {"http": {"port": port}, "grpc": {"port": free_port()}}
     config.write_text(yaml.safe_dump({"engine": "simulated", **ports}))
+    return config, port
+
+
+def named_in(shown: str) -> Instance:
+    """The instance that `baton serve` says it is."""
+    found = re.search(r"instance (\w+), logs in (\S+)", shown)
+    assert found is not None, shown
+    return Instance(found[1], Path(found[2]))
+
+
+def test_a_terminal_that_is_closed_leaves_nothing(short_directory: Path) -> None:
+    config, _ = configured(short_directory)
     terminal = Terminal(config)
     try:
         terminal.until_shown("Ctrl-C stops it", 120)
-        found = re.search(r"instance (\w+), logs in (\S+)", terminal.shown)
-        assert found is not None, terminal.shown
-        instance = Instance(found[1], Path(found[2]))
+        instance = named_in(terminal.shown)
         seen = instance.processes()
         assert len(seen) > 10
         began_s = time.monotonic()
         terminal.close()
         assert terminal.process.wait(STOP_TIMEOUT_S) == 0
         assert_nothing_is_left(instance, seen, began_s, "closed terminal")
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+
+
+@pytest.mark.slow
+def test_under_nohup_it_outlives_its_terminal(short_directory: Path) -> None:
+    config, port = configured(short_directory)
+    terminal = Terminal(config, "nohup")
+    log = short_directory / "nohup.out"
+    try:
+        until(lambda: log.exists() and "Ctrl-C stops it" in log.read_text(), 120, "it serves")
+        instance = named_in(log.read_text())
+        # As a shell that ends tells its jobs, and the kernel the terminal's leader.
+        os.killpg(terminal.process.pid, signal.SIGHUP)
+        terminal.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            terminal.process.wait(10)
+        url = f"http://127.0.0.1:{port}/cluster/workers"
+        with urllib.request.urlopen(url, timeout=5) as response:
+            workers = json.load(response)["workers"]
+        assert [worker["restarts"] for worker in workers] == [0, 0], workers
+        seen = instance.processes()
+        began_s = time.monotonic()
+        terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.process.wait(STOP_TIMEOUT_S) == 0
+        assert_nothing_is_left(instance, seen, began_s, "after nohup")
     finally:
         terminal.process.kill()
         terminal.process.wait()
