@@ -3,7 +3,8 @@
 SHARED/perf/h100_sxm_step_times_derived.csv (`--shared`, default ../shared) holds summed kernel
 times of a step by model, GPUs, batch and context. The engine model's costs are fitted to them by
 least squares of relative errors, one fit for prefill and decode together. Prints a Markdown table;
-the profiles in `engine/profiles.py` hold these numbers, prefill's 1.2 times.
+the profiles in `engine/profiles.py` hold these numbers, prefill's 1.2 times, but for one step base
+that is explained there.
 """
 
 from __future__ import annotations

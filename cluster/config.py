@@ -38,7 +38,7 @@ class ModelSection(_Section):
         default=None,
         min_length=1,
         description="Directory of a checkpoint, or its id on the Hugging Face hub. Without one, a "
-        "tiny random model is built; its text is no good.",
+        "tiny model is built to try it with; its text is no good.",
     )
     served_names: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
@@ -47,7 +47,8 @@ class ModelSection(_Section):
     )
     tool_call_parser: str | None = Field(
         default=None,
-        description="vLLM's parser for tool calls, e.g. `hermes`; without one, no tools.",
+        description="vLLM's parser for tool calls, e.g. `hermes`, which the tiny model gets; "
+        "without one, no tools.",
     )
     reasoning_parser: str | None = Field(
         default=None, description="vLLM's parser for reasoning, e.g. `qwen3`."
@@ -127,7 +128,8 @@ class RouterSection(_Section):
         ge=1,
         description="Milliseconds within which a first token is promised: a request whose own "
         "would come later is refused with status 429, and `joint` weighs by it. Without one "
-        "nothing is refused, and `joint` weighs by 2000. docs/admission.md tells more.",
+        "only a request that asks for it itself is promised a time, and `joint` weighs by 2000. "
+        "docs/admission.md tells more.",
     )
     tpot_slo_ms: float | None = Field(
         default=None,
@@ -139,7 +141,8 @@ class RouterSection(_Section):
         default=None,
         min_length=1,
         description="Step times that `joint` starts from: a built-in profile, e.g. "
-        "`llama-3.1-8b-h100`, or a YAML or JSON file with the keys of `simulated`. Without one, "
+        "`llama-3.1-8b-h100`, or a YAML or JSON file with all keys of `simulated`, by their names "
+        "alone. Without one, "
         "they follow from the model's constants and those of the GPU that Ray reports (of several, "
         "the slowest; one that is not known counts as an H100), and simulated engines' are known. "
         "What engines do corrects them.",
@@ -235,7 +238,8 @@ class Config(_Section):
     engine_args: dict[str, Any] = Field(
         default={},
         description="vLLM's engine arguments for both pools, by their Python names, e.g. "
-        "`max_model_len`, `tensor_parallel_size`, `quantization`, `speculative_config`.",
+        "`max_model_len`, `tensor_parallel_size`, `quantization`, `speculative_config`. On CPUs, "
+        "unless said here, `enforce_eager: true` and `kv_cache_memory_bytes` of 1 GiB an engine.",
     )
     http: HttpSection = HttpSection()
     grpc: GrpcSection = GrpcSection()

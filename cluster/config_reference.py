@@ -69,13 +69,21 @@ def _table(fields: list[tuple[str, FieldInfo]]) -> str:
 
 def _type(field: FieldInfo) -> str:
     text = _type_name(field.annotation)
-    lower = next((item.ge for item in field.metadata if isinstance(item, Ge)), None)
-    upper = next((item.le for item in field.metadata if isinstance(item, Le)), None)
+    bounds = [*field.metadata, *_bounds_within(field.annotation)]
+    lower = next((item.ge for item in bounds if isinstance(item, Ge)), None)
+    upper = next((item.le for item in bounds if isinstance(item, Le)), None)
     if lower is not None and upper is not None:
         return f"{text}, {lower} to {upper}"
     if lower is not None:
         return f"{text}, at least {lower}"
     return text
+
+
+def _bounds_within(union: Any) -> list[Any]:
+    """Of a kind that may also be none."""
+    parts = [part for part in typing.get_args(union) if typing.get_origin(part) is typing.Annotated]
+    infos = [item for part in parts for item in part.__metadata__ if isinstance(item, FieldInfo)]
+    return [bound for info in infos for bound in info.metadata]
 
 
 def _type_name(kind: Any) -> str:
