@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protos.errors import ConfigError
 from simulator.goodput import highest_rate
 
 
@@ -19,6 +21,11 @@ def test_it_finds_the_edge_from_anywhere(edge: float, start: float) -> None:
     found = highest_rate(serves, start, least_rps=0.1)
     assert found <= edge <= found * 1.03 * 1.0001
     assert len(asked) == len(set(asked))
+
+
+def test_what_serves_everything_has_no_highest_rate() -> None:
+    with pytest.raises(ConfigError, match="there are too few requests"):
+        highest_rate(lambda _: True, 10.0, least_rps=0.1)
 
 
 def test_what_serves_nothing_is_zero() -> None:
