@@ -3,7 +3,7 @@
 Whoever has the cluster's token can tell that a ticket is genuine and reads the request's deadline
 and terms in it. So a router goes on with what its predecessor let in, and keeps no list.
 
-A ticket is hexadecimal digits: issue time in ms, which fields follow, priority, those fields,
+A ticket is hexadecimal digits: issue time in ms, which fields follow and priority, those fields,
 nonce, signature. It is not secret: its client knows it, and who it tells. So the tenant in it is a
 keyed hash: whoever sees two tickets can tell whether they are of one tenant, but not of whom.
 """
@@ -21,14 +21,17 @@ from router.core.events import NO_TERMS, Priority, Terms
 from router.core.records import TICKET_PATTERN
 
 LONGEST_DEADLINE_MS: Final = 24 * 3600 * 1000
+MOST_OUTPUT_TOKENS: Final = 1_000_000
 _PRIORITIES: Final = tuple(Priority)
+_PRIORITY_BITS: Final = 2
 _TIME_DIGITS: Final = 12
 _MILLISECONDS_DIGITS: Final = 8
 _TENANT_BYTES: Final = 8
+_TOKENS_DIGITS: Final = 5
 _NONCE_BYTES: Final = 6
 _SIGNATURE_DIGITS: Final = 12
-_FIELDS: Final = (_MILLISECONDS_DIGITS,) * 3 + (2 * _TENANT_BYTES,)
-"""Digits of deadline, TTFT and ITL in ms, and tenant; each is there or not."""
+_FIELDS: Final = (_MILLISECONDS_DIGITS,) * 3 + (2 * _TENANT_BYTES, _TOKENS_DIGITS)
+"""Digits of deadline, TTFT and ITL in ms, tenant, and expected output; each is there or not."""
 _ISSUED_AHEAD_S: Final = 5.0
 """How far the clock of another router's node may be ahead."""
 
@@ -49,7 +52,7 @@ class TicketMint:
     """Issues and reads tickets."""
 
     def __init__(self, link_token: str, ttl_s: float) -> None:
-        self._key = hmac.digest(link_token.encode(), b"baton ticket 2", "sha256")
+        self._key = hmac.digest(link_token.encode(), b"baton ticket 3", "sha256")
         self._ttl_s = ttl_s
 
     def tenant(self, shown: str) -> str:
@@ -69,10 +72,11 @@ class TicketMint:
             _hex(_milliseconds(terms.ttft_slo_s)),
             _hex(_milliseconds(terms.tpot_slo_s)),
             terms.tenant,
+            "" if terms.output_tokens is None else f"{terms.output_tokens:0{_TOKENS_DIGITS}x}",
         )
         present = sum(1 << place for place, value in enumerate(values) if value)
-        priority = _PRIORITIES.index(terms.priority)
-        head = f"{int(wall_s * 1000):0{_TIME_DIGITS}x}{present:x}{priority:x}"
+        said = present << _PRIORITY_BITS | _PRIORITIES.index(terms.priority)
+        head = f"{int(wall_s * 1000):0{_TIME_DIGITS}x}{said:02x}"
         signed = head + "".join(values) + os.urandom(_NONCE_BYTES).hex()
         return TicketId(signed + self._signature(signed))
 
@@ -100,7 +104,8 @@ class TicketMint:
 
 def _read(text: str) -> Ticket:
     issued_s = int(text[:_TIME_DIGITS], 16) / 1000
-    present, priority = (int(digit, 16) for digit in text[_TIME_DIGITS : _TIME_DIGITS + 2])
+    said = int(text[_TIME_DIGITS : _TIME_DIGITS + 2], 16)
+    present, priority = divmod(said, 1 << _PRIORITY_BITS)
     at = _TIME_DIGITS + 2
     values = []
     for place, digits in enumerate(_FIELDS):
@@ -112,7 +117,14 @@ def _read(text: str) -> Ticket:
         TicketId(text),
         issued_s,
         None if deadline_s is None else issued_s + deadline_s,
-        Terms(None, values[3], _PRIORITIES[priority], ttft_s, tpot_s),
+        Terms(
+            None,
+            values[3],
+            _PRIORITIES[priority],
+            ttft_s,
+            tpot_s,
+            int(values[4], 16) if values[4] else None,
+        ),
     )
 
 

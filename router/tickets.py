@@ -24,7 +24,7 @@ from router.core.events import (
     TicketRefused,
 )
 from router.core.records import TicketStory
-from router.ticket_mint import LONGEST_DEADLINE_MS, TicketMint
+from router.ticket_mint import LONGEST_DEADLINE_MS, MOST_OUTPUT_TOKENS, TicketMint
 
 LONGEST_LINE_BYTES: Final = 64 * 1024
 DEADLINE_FIELD: Final = "x-baton-deadline-ms"
@@ -77,19 +77,21 @@ def _terms(fields: Mapping[str, str], tenant: str) -> Terms:
         priority=_priority(fields),
         ttft_slo_s=None if ttft_ms is None else ttft_ms / 1000,
         tpot_slo_s=None if itl_ms is None else itl_ms / 1000,
+        output_tokens=_number(fields, "X-Baton-Output-Tokens", MOST_OUTPUT_TOKENS, "tokens"),
     )
 
 
 def _milliseconds(fields: Mapping[str, str], header: str) -> int | None:
+    return _number(fields, header, LONGEST_DEADLINE_MS, "milliseconds")
+
+
+def _number(fields: Mapping[str, str], header: str, most: int, unit: str) -> int | None:
     text = fields.get(header.lower())
     if text is None:
         return None
-    plain = text.isascii() and text.isdigit() and len(text) <= len(str(LONGEST_DEADLINE_MS))
-    if not plain or not 1 <= int(text) <= LONGEST_DEADLINE_MS:
-        most = LONGEST_DEADLINE_MS
-        raise ValueError(
-            f"{header} is a whole number of milliseconds from 1 to {most}, not {text}."
-        )
+    plain = text.isascii() and text.isdigit() and len(text) <= len(str(most))
+    if not plain or not 1 <= int(text) <= most:
+        raise ValueError(f"{header} is a whole number of {unit} from 1 to {most}, not {text}.")
     return int(text)
 
 

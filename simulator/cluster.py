@@ -113,7 +113,11 @@ class Cluster:
         self._front_s = layout.front_in_s + layout.front_out_s
         self._on_end = on_end
         self._on_refusal = on_refusal
-        self._bodies, self._spread = Random(0), Random(0)
+        self._bodies, spread = Random(0), Random(0)
+        self.router_of: Callable[[TracedRequest], int] = lambda _: spread.randrange(
+            len(self.routers)
+        )
+        """To which router a request goes: to any, by chance."""
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._made = 0
         self._asked: dict[RequestKey, Asked] = {}
@@ -195,7 +199,7 @@ class Cluster:
         self.under_way += 1
         hashes = prompt_hashes(request, self._layout.block_tokens)
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
-        router = self._spread.randrange(len(self.routers))
+        router = self.router_of(request)
         # The output's length is nobody's to know, but for its limit.
         ticket = TicketId(key)
         terms = Terms(body_bytes=self._body_bytes(request), tenant=request.client)

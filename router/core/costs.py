@@ -82,6 +82,9 @@ class Asked:
     context_tokens: float
     """What the request adds to decode steps, on average over its life."""
     slo: Slo
+    """What it was promised."""
+    others_slo: Slo
+    """What those were that it delays: who asks for less has no right to more of their time."""
     delayed_square: float
     """See `OutputLengths`."""
     others_tokens: float
@@ -313,23 +316,23 @@ class Pricing:
 
     def _behind(self, ask: Asked, there: Found) -> Column:
         """What this prompt's wait and time are worth to itself and to those that come after it."""
-        slo_s, dearer = ask.slo.ttft_s, self._learned.first_token.square_over_median
-        share = there.ttft_s / slo_s
-        price = np.maximum(self._weights.floor, 2 * dearer * share)
-        cost: Column = dearer * share * share + there.later * price * there.occupies_s / slo_s
+        dearer, others_s = self._learned.first_token.square_over_median, ask.others_slo.ttft_s
+        price = np.maximum(self._weights.floor, 2 * dearer * there.ttft_s / others_s)
+        cost: Column = there.later * price * there.occupies_s / others_s
+        cost += dearer * (there.ttft_s / ask.slo.ttft_s) ** 2
         return cost
 
     def _beside(self, ask: Asked, there: Found, tpot_s: Column) -> Column:
         """What all that decode there are hurt, if their tokens come so far apart with this one."""
         before_s = there.tpot_before_s
-        more = (tpot_s * tpot_s - before_s * before_s) / ask.slo.tpot_s**2
+        more = (tpot_s * tpot_s - before_s * before_s) / ask.others_slo.tpot_s**2
         cost: Column = self._learned.step.square_over_median * there.columns.decodes * more
         return cost
 
     def _delayed(self, ask: Asked, there: Found) -> Column:
         """What those are hurt beyond that, because their outputs are not equally long: spread over
         a window, as `_beside` does, a long prompt's time seems to fall on everyone alike."""
-        each = ask.delayed_square * (there.occupies_s / ask.slo.tpot_s) ** 2
+        each = ask.delayed_square * (there.occupies_s / ask.others_slo.tpot_s) ** 2
         weight = self._weights.delayed * self._learned.step.square_over_median
         cost: Column = weight * there.columns.decodes * each
         return cost

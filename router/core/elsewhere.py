@@ -68,6 +68,10 @@ class Elsewhere:
         if not self._heard or not self._backlog:
             return False
         due_s = self._backlog.first_due_s
+        if due_s <= now_s:
+            # Where nothing is promised an overload leaves all overdue: who gave way to whoever is
+            # more so would wait for as long as one tenant floods another router.
+            return False
         return any(due_s > heard.first_due_s + CLOSE_S for heard in self._valid(now_s))
 
     def before(self, now_s: float, due_s: float, here: Before) -> Before:

@@ -120,6 +120,8 @@ class Shape:
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
     """What it asks for itself."""
+    hinted_output_tokens: int | None = None
+    """How long its client expects the output to get: nothing holds it to that."""
     cached_tokens: int = 0
     """While its addresses are not known: how many of its prompt's tokens are thought to be cached,
     wherever it goes."""
@@ -135,6 +137,8 @@ class Terms:
     priority: Priority = Priority.NORMAL
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    output_tokens: int | None = None
+    """As many are expected."""
 
 
 NO_TERMS: Final = Terms()

@@ -122,6 +122,7 @@ class Gate:
         shape = Shape(
             guess.tokens, None, kind=kind_of(terms, asked.path), cached_tokens=guess.cached_tokens,
             ttft_slo_s=promised.ttft_s, tpot_slo_s=promised.tpot_s,
+            hinted_output_tokens=terms.output_tokens,
         )  # fmt: skip
         self._forget_due(now_s)
         due_s = self._due_s(now_s, terms)

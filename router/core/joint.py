@@ -192,6 +192,23 @@ class JointPlacement:
             return _Best(Reason.SPLIT_COSTS_LESS, rest, prompt, columns.prefill)
         return _Best(Reason.WHOLE_COSTS_LESS, whole, None, last)
 
+    def adopted(self, now_s: float, key: RequestKey, worker: Worker, shape: Shape) -> None:
+        """It decodes there, or will. A prompt that is not computed yet is not counted: how much of
+        it is left nobody knows, and it is gone soon."""
+        self.ended(now_s, key, None)
+        if worker.role is Role.PREFILL:
+            return  # It goes on to a worker that is chosen then.
+        ask = self._asked(now_s, shape)
+        part = Part(worker.id, placed_s=now_s, context_tokens=ask.context_tokens)
+        forecast = self._forecast(worker.id)
+        self._changed.add(worker.id)
+        forecast.will_decode(part)
+        if shape.output_tokens:
+            forecast.has_come(part)
+        there = forecast.figures()
+        step_s = self._pricing.step_s(worker.role, there.decodes, there.context_tokens)
+        self._place_until_over(key, shape, [part], ask, now_s, step_s)
+
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Its prompt is computed."""
         placed = self._placed.get(key)
@@ -287,12 +304,14 @@ class JointPlacement:
     # What is known
 
     def _asked(self, now_s: float, shape: Shape) -> Asked:
-        length = self._lengths.expect(shape.kind, shape.max_tokens, shape.output_tokens)
+        length = self._lengths.expect(
+            shape.kind, shape.max_tokens, shape.output_tokens, shape.hinted_output_tokens
+        )
         tokens = shape.prompt_tokens + shape.output_tokens
         slo = Slo(shape.ttft_slo_s or self._slo.ttft_s, shape.tpot_slo_s or self._slo.tpot_s)
         return Asked(
-            now_s, tokens, length, tokens + length / 2, slo, self._lengths.delayed_square,
-            self._lengths.mean_tokens,
+            now_s, tokens, length, tokens + length / 2, slo, self._slo,
+            self._lengths.delayed_square, self._lengths.mean_tokens,
         )  # fmt: skip
 
     def _held(self, view: View, shape: Shape) -> dict[str, int]:
@@ -382,12 +401,19 @@ class JointPlacement:
             block_tokens = float(there.columns.block_tokens[chosen.at])
             decoding.fetched_blocks = decoding.coming_tokens / block_tokens
         parts = [part for part, _ in placed]
+        computed_s = ask.now_s + _LATE * parts[0].ttft_s
+        self._place_until_over(key, shape, parts, ask, computed_s, chosen.numbers[_TPOT])
+
+    def _place_until_over(
+        self, key: RequestKey, shape: Shape, parts: list[Part], ask: Asked, computed_s: float,
+        tpot_s: float,
+    ) -> None:  # fmt: skip
+        first_token_by_s = computed_s + _LATE_S
         most_tokens = shape.max_tokens or _LONG * ask.length_tokens
-        first_token_by_s = ask.now_s + _LATE_S + _LATE * parts[0].ttft_s
+        over_by_s = first_token_by_s + _LATE * most_tokens * tpot_s
         self._placed[key] = _Placed(
-            shape.kind, tuple(shape.addresses), parts, first_token_by_s,
-            first_token_by_s + _LATE * most_tokens * chosen.numbers[_TPOT],
-        )  # fmt: skip
+            shape.kind, tuple(shape.addresses), parts, first_token_by_s, over_by_s
+        )
 
 
 def _decision(

@@ -324,6 +324,7 @@ class Moves:
         self._placement.ended(now_s, request.key, whole)
         self.look_again()
         del self.requests[request.key]
+        self.deadlines.forget(request.key)
         self._waits_no_more(request)
         for engagement in request.engagements:
             if engagement is fetched_from and reader_was_told:
@@ -371,6 +372,11 @@ class Moves:
             tokens, cached = map(sum, zip(*uses, strict=True))
             kind = kind_of(story.terms, story.path)
             self.gate.sizes.observe(kind, story.terms.body_bytes, tokens, cached)
+
+    def adopt(self, now_s: float, request: Request, engagement: Engagement) -> None:
+        """A former router had placed it there, and there it goes on."""
+        shape = replace(request.shape, output_tokens=engagement.next_position)
+        self._placement.adopted(now_s, request.key, engagement.worker, shape)
 
     # Loss
 

@@ -27,9 +27,12 @@ class OutputLengths:
         self._per_gap = FIRST_GUESS_SHAPE / FIRST_GUESS_TOKENS
         self._by_kind: OrderedDict[str, float] = OrderedDict()
 
-    def expect(self, kind: str, max_tokens: int | None, made_tokens: int = 0) -> float:
-        """Tokens still to come, at least one. A client's limit is a bound, not a guess."""
-        expected = self._by_kind.get(kind, self._all)
+    def expect(
+        self, kind: str, max_tokens: int | None, made_tokens: int = 0, hint: int | None = None
+    ) -> float:
+        """Tokens still to come, at least one. A client's limit is a bound, not a guess; its hint is
+        one, and goes before what was learned."""
+        expected = self._by_kind.get(kind, self._all) if hint is None else float(hint)
         # One that has outlived the mean goes on for about as long again (its tail is heavy).
         left = expected - made_tokens if made_tokens < expected else expected
         if max_tokens is not None:

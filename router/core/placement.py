@@ -136,7 +136,7 @@ class Expected(NamedTuple):
 class Placement(Protocol):
     """A policy. What it counts, it counts by what it is told here.
 
-    It may be told of keys that it never placed: a former router did.
+    It may be told of keys that it never placed or adopted: a former router did.
     """
 
     held_share: float
@@ -152,6 +152,11 @@ class Placement(Protocol):
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
         """What a new request would get behind what waits before it; nothing is counted. None of a
         policy that can't tell, or while nobody can run it."""
+        ...
+
+    def adopted(self, now_s: float, key: RequestKey, worker: Worker, shape: Shape) -> None:
+        """A request that a former router placed goes on there: it has `shape.output_tokens`, or
+        none while its prompt waits or is computed."""
         ...
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
@@ -182,6 +187,9 @@ class Uncounted:
     def expect(self, now_s: float, view: View, shape: Shape, before: Before) -> Expected | None:
         """Nobody is refused by them."""
         return None
+
+    def adopted(self, now_s: float, key: RequestKey, worker: Worker, shape: Shape) -> None:
+        """Nothing to count."""
 
     def first_token(self, now_s: float, key: RequestKey) -> None:
         """Nothing to count."""

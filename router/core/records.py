@@ -16,7 +16,7 @@ from router.core.events import NO_TERMS, EdgeEnded, End, Fault, PromptUse, Terms
 from router.core.hindsight import Decided, Measured, Ratios
 from router.core.placement import Decision
 
-TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{38,78}(?![0-9a-f])")
+TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{38,83}(?![0-9a-f])")
 """A ticket id, within the ids that fronts make of it: `cmpl-TICKET-0`, `chatcmpl-TICKET`."""
 
 
@@ -187,6 +187,7 @@ class TicketStory:
             "priority": self.terms.priority,
             "ttft_slo_s": self.terms.ttft_slo_s,
             "tpot_slo_s": self.terms.tpot_slo_s,
+            "hinted_output_tokens": self.terms.output_tokens,
             "edge": {
                 "status": self.edge_end.status if self.edge_end else "",
                 "termination": self.edge_end.termination if self.edge_end else "",

@@ -135,6 +135,7 @@ class Recovery:
     def _adopt(self, now_s: float, request: Request, engagement: Engagement) -> None:
         """The newest attempt: what state it is in shows in what it holds."""
         request.reservation = Reservation(engagement.worker, requests=1).take()
+        self._moves.adopt(now_s, request, engagement)
         where = f"found attempt {engagement.attempt} on {engagement.worker.id}"
         if engagement.first_position == 0:
             request.advance(now_s, Trigger.ADOPTED, where)

@@ -134,7 +134,7 @@ class RouterCore:
         terms = story.terms
         shape = replace(
             shape, kind=kind_of(terms, story.path), ttft_slo_s=terms.ttft_slo_s,
-            tpot_slo_s=terms.tpot_slo_s,
+            tpot_slo_s=terms.tpot_slo_s, hinted_output_tokens=terms.output_tokens,
         )  # fmt: skip
         waits, foreseen = self.moves.gate.arrived(now_s, event.ticket, terms, shape.prompt_tokens)
         opened = Request(

@@ -351,6 +351,7 @@ async def test_streams_survive_the_router(unit: Unit) -> None:
 async def test_terms_survive_the_router(unit: Unit) -> None:
     """Of a request under way, and of one whose ticket a former router gave."""
     said = "authorization=Bearer one\tx-baton-priority=low\tx-baton-ttft-ms=60000"
+    said += "\tx-baton-output-tokens=250"
     question = f"v1\tPOST\t/v1/completions\t{said}\n"
     tickets = [(await ask_ticket(unit, question)).split()[1] for _ in range(2)]
     underway, late = (unit.request(50, ticket, max_tokens=300) for ticket in tickets)
@@ -368,6 +369,7 @@ async def test_terms_survive_the_router(unit: Unit) -> None:
         assert (answer["priority"], answer["ttft_slo_s"], answer["tpot_slo_s"]) == (
             "low", 60.0, None,
         )  # fmt: skip
+        assert answer["hinted_output_tokens"] == 250
         assert [each["recovered"] for each in answer["requests"]] == [recovered]
 
 

@@ -9,7 +9,7 @@ import pytest
 from protos.enginecore import EngineRequest
 from router.core.events import NO_TERMS, Priority, Terms
 from router.core.records import TICKET_PATTERN
-from router.ticket_mint import LONGEST_DEADLINE_MS, TicketMint
+from router.ticket_mint import LONGEST_DEADLINE_MS, MOST_OUTPUT_TOKENS, TicketMint
 
 MINT = TicketMint("secret", ttl_s=60.0)
 ISSUED_S = 1_700_000_000.25
@@ -52,7 +52,14 @@ ONE, OTHER = (MINT.tenant(key) for key in ("one", "other"))
             Terms(tenant=ONE),
             Terms(priority=Priority.LOW, ttft_slo_s=0.001),
             Terms(tenant=OTHER, priority=Priority.HIGH, tpot_slo_s=0.035),
-            Terms(tenant=ONE, ttft_slo_s=86_400.0, tpot_slo_s=86_400.0),
+            Terms(output_tokens=1),
+            Terms(
+                tenant=ONE,
+                priority=Priority.LOW,
+                ttft_slo_s=86_400.0,
+                tpot_slo_s=86_400.0,
+                output_tokens=MOST_OUTPUT_TOKENS,
+            ),
         ],
     ),
 )

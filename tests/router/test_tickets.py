@@ -63,8 +63,11 @@ def terms_of(*fields: str) -> Terms:
 
 def test_what_headers_say_is_known_at_the_ticket() -> None:
     assert terms_of() == Terms()
-    said = ("x-baton-priority=low", "x-baton-ttft-ms=1500", "x-baton-itl-ms=20")
-    assert terms_of("content-length=4096", *said) == Terms(4096, "", Priority.LOW, 1.5, 0.02)
+    said = (
+        "x-baton-priority=low", "x-baton-ttft-ms=1500", "x-baton-itl-ms=20",
+        "x-baton-output-tokens=700",
+    )  # fmt: skip
+    assert terms_of("content-length=4096", *said) == Terms(4096, "", Priority.LOW, 1.5, 0.02, 700)
 
 
 def test_a_ticket_carries_them_to_a_router_that_was_not_asked() -> None:
@@ -91,6 +94,10 @@ def test_tenants_are_told_apart_by_keys_that_are_not_kept() -> None:
     [
         ("x-baton-ttft-ms=fast", "X-Baton-TTFT-Ms is a whole number of milliseconds from 1 to "),
         ("x-baton-itl-ms=0", "X-Baton-ITL-Ms is a whole number of milliseconds from 1 to "),
+        (
+            "x-baton-output-tokens=1000001",
+            "X-Baton-Output-Tokens is a whole number of tokens from 1 to 1000000, not 1000001.",
+        ),
         ("x-baton-priority=urgent", "X-Baton-Priority is high, normal, low, not urgent."),
     ],
 )

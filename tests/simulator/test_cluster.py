@@ -18,6 +18,7 @@ from engine.simulated.scheduler import Scheduler
 from protos.ids import WorkerId
 from router.core.costs import Slo
 from router.core.events import End, Ended
+from router.core.gate import DUE_UNPROMISED_S
 from router.core.placement import Placement
 from simulator import workloads
 from simulator.baselines import BASELINES, Setup
@@ -250,6 +251,28 @@ def test_routers_do_not_herd() -> None:
     one, four = (run(layout, "baton", SLO, requests, routers=n).measured.ttft for n in (1, 4))
     assert four.mean_s == pytest.approx(one.mean_s, rel=0.02)
     assert four.quantile_s(1.0) == pytest.approx(one.quantile_s(1.0), rel=0.02)
+
+
+def test_a_tenant_that_floods_one_router_keeps_nobody_waiting_at_another() -> None:
+    """Nothing is promised, and the flood is more than the engine can do: its queue grows for as
+    long as it lasts."""
+    layout = Layout(PROFILE, 0, 1)
+    flood = [TracedRequest(n / 25, 4000, 50, client="flood") for n in range(1500)]
+    light = [TracedRequest(n + 0.5, 500, 20, client="light") for n in range(60)]
+    requests = sorted(flood + light, key=lambda each: each.arrival_s)
+    ends: dict[str, Ended] = {}
+    placements = [POLICIES["baton"](setup_of(layout, router=n), SLO) for n in range(2)]
+    cluster = Cluster(layout, placements, lambda ended: ends.__setitem__(ended.key, ended))
+    cluster.router_of = lambda request: int(request.client == "flood")
+    cluster.run(requests)
+    waits: dict[str, list[float]] = {"flood": [], "light": []}
+    for number, request in enumerate(requests):
+        took_s = ends[f"0:{number}"].time_to_first_token_s
+        assert took_s is not None
+        waits[request.client].append(took_s)
+    assert max(waits["flood"]) > 20.0, "it is no flood"
+    # Who gives way does so until it is due itself.
+    assert max(waits["light"]) < DUE_UNPROMISED_S + 2.0
 
 
 def test_room_goes_to_who_came_first_whichever_router_it_waits_at() -> None:

@@ -21,7 +21,7 @@ context_tokens, seen_bytes, idle_s = tonumber(context_tokens), tonumber(seen_byt
 
 local FIELDS = {
   "content-length", "authorization", "x-api-key", "idempotency-key", "x-baton-priority",
-  "x-baton-deadline-ms", "x-baton-ttft-ms", "x-baton-itl-ms",
+  "x-baton-deadline-ms", "x-baton-ttft-ms", "x-baton-itl-ms", "x-baton-output-tokens",
 }
 local VALUE_BYTES = 16384 -- As long as all headers may be: of a key every byte tells clients apart.
 local PATIENCE_MS = 3000 -- A router that is being restarted is back before.

@@ -24,7 +24,7 @@ _log = logging.getLogger("grpc")
 SERVICE: Final = "baton.v1.Inference"
 _PASSED_ON: Final = (
     "authorization", "x-api-key", "idempotency-key", "x-baton-priority", "x-baton-ttft-ms",
-    "x-baton-itl-ms",
+    "x-baton-itl-ms", "x-baton-output-tokens",
 )  # fmt: skip
 """Metadata that are headers of the HTTP API."""
 _REQUEST_LIMIT_S: Final = 60

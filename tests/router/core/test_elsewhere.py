@@ -71,6 +71,15 @@ def test_who_is_due_first_goes_first(earlier_s: float, first: bool) -> None:
     assert queue.is_first() is first
 
 
+def test_who_is_overdue_gives_way_to_nobody() -> None:
+    queue = Queue()
+    queue.wait("a", due_s=105.0)
+    queue.hear(Queued(9, 4.5, -50.0))
+    assert queue.is_first()
+    queue.now_s = 105.0
+    assert not queue.is_first()
+
+
 def test_who_has_nothing_to_give_way_with_goes_on() -> None:
     queue = Queue()
     queue.hear(Queued(1, 0.5, -1.0))

@@ -368,8 +368,9 @@ def test_however_wrong_it_was_it_can_be_unlearned() -> None:
 def test_a_prompt_is_guessed_from_its_bytes() -> None:
     bench = Bench()
     bench.gate.sizes.observe("me /v1/completions", 1000, 500, 100)
-    bench.ask(Terms(body_bytes=4000, tenant="me"))
+    bench.ask(Terms(body_bytes=4000, tenant="me", output_tokens=70))
     shape, _ = bench.oracle.asked[-1]
+    assert shape.hinted_output_tokens == 70
     assert (shape.prompt_tokens, shape.cached_tokens) == (2000, 400)
     assert (shape.ttft_slo_s, shape.tpot_slo_s) == (2.0, 0.05)
     assert replace(shape, prompt_tokens=1).addresses == ()

@@ -72,6 +72,34 @@ def test_a_long_prompt_is_kept_from_those_who_decode() -> None:
     )
 
 
+@pytest.mark.parametrize("asked", [{}, {"ttft_slo_s": 60.0}, {"tpot_slo_s": 5.0}])
+def test_who_asks_for_less_has_no_right_to_others_time(asked: dict[str, float]) -> None:
+    bench = Bench("p1", "p2", "d1", kv_blocks=20_000)
+    for number in range(60):
+        bench.place(tokens=1000, prefix=number, max_tokens=400)
+        bench.first_token(number + 1)
+        bench.now_s += 0.2
+        bench.first_token(number + 1)
+    bench.now_s += 1.0
+    waits = {bench.place(tokens=8000, prefix=900 + number).prefill for number in range(2)}
+    assert waits == {"p1", "p2"}
+    decision = bench.place(tokens=16_000, prefix=999, max_tokens=400, **asked)
+    assert decision.reason is Reason.SPLIT_COSTS_LESS
+
+
+def test_an_output_that_is_said_to_be_short_is_not_handed_over() -> None:
+    """Its client would wait for its second token while the prompt's state moves."""
+
+    def decided(hint: int) -> Reason:
+        bench = Bench("p1", "d1")
+        for number in range(12):
+            bench.place(tokens=1000, prefix=number, output_tokens=1, fetchable=True)
+            bench.first_token(number + 1)
+        return bench.place(tokens=6000, prefix=99, hinted_output_tokens=hint).reason
+
+    assert (decided(2), decided(2000)) == (Reason.WHOLE_COSTS_LESS, Reason.SPLIT_COSTS_LESS)
+
+
 def test_prompts_are_kept_longer_from_outputs_of_which_some_are_short() -> None:
     def kept(*output_tokens: int) -> int:
         """How many prompts go to the prefill worker before the first is computed beside others."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from protos.enginecore import ENGINE_TAG
 from protos.ids import Incarnation, WorkerId
 from router.core.costs import Slo
-from router.core.events import Role, WorkerUp
+from router.core.events import Role, Shape, WorkerUp
 from router.core.placement import Reason
 from tests.router.core.joint_bench import BLOCK_TOKENS, Bench, predicted
 
@@ -26,6 +26,43 @@ def test_what_can_be_fetched_is_not_computed_again() -> None:
     assert bench.policy.forecasts[WorkerId(decision.worker or "")].running == 1
     bench.ended(1)
     assert bench.policy.forecasts[WorkerId(decision.worker or "")].idle
+
+
+def test_what_a_former_router_placed_counts() -> None:
+    bench = Bench("p1", "d1", "d2")
+    workers = {worker.id: worker for worker in bench.pool}
+    for number in range(40):
+        shape = Shape(2000, None, output_tokens=number % 2)
+        bench.policy.adopted(bench.now_s, bench.key(100 + number), workers[WorkerId("d1")], shape)
+    shape = Shape(2000, None)
+    bench.policy.adopted(bench.now_s, bench.key(99), workers[WorkerId("p1")], shape)
+    forecast = bench.policy.forecasts[WorkerId("d1")]
+    assert (forecast.decodes, forecast.running) == (40, 20)
+    decision = bench.place(tokens=128, max_tokens=400)
+    assert decision.worker == "d2"
+    for number in range(40):  # Some get their first token, some go on and are found again.
+        if number % 2 == 0:
+            bench.first_token(100 + number)
+        else:
+            again = Shape(2000, None, output_tokens=7)
+            bench.policy.adopted(
+                bench.now_s, bench.key(100 + number), workers[WorkerId("d1")], again
+            )
+    assert (forecast.decodes, forecast.running) == (40, 40)
+    for number in range(-1, 40):
+        bench.ended(100 + number)
+    assert forecast.idle
+    assert forecast.running_context_tokens == pytest.approx(0, abs=1e-6)
+
+
+def test_what_a_former_router_placed_and_nobody_ends_is_taken_off() -> None:
+    bench = Bench("d1")
+    (worker,) = bench.pool
+    shape = Shape(2000, 100, output_tokens=5)
+    bench.policy.adopted(bench.now_s, bench.key(99), worker, shape)
+    bench.now_s += 600.0
+    bench.place()
+    assert bench.policy.forecasts[WorkerId("d1")].decodes == 1
 
 
 events = st.lists(

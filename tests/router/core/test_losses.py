@@ -263,11 +263,14 @@ def test_a_holder_that_dies_during_recovery_is_left_out() -> None:
 
 def test_a_recovered_request_keeps_its_terms() -> None:
     drive = Drive()
-    terms = Terms(tenant="one", priority=Priority.HIGH, ttft_slo_s=3.0, tpot_slo_s=0.02)
+    terms = Terms(
+        tenant="one", priority=Priority.HIGH, ttft_slo_s=3.0, tpot_slo_s=0.02, output_tokens=7
+    )
     drive.feed(SnapshotTaken((RequestRecovered(key(), demand("a"), TICKET, 0, None, terms),)))
     (request,) = drive.core.moves.requests.values()
     assert (request.waits.tenant, request.waits.due_s) == ("one", drive.now_s + 1.5)
     assert (request.shape.ttft_slo_s, request.shape.tpot_slo_s) == (3.0, 0.02)
+    assert request.shape.hinted_output_tokens == 7
     assert request.story.terms == terms
 
 

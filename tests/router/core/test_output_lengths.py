@@ -14,6 +14,14 @@ def test_a_guess_a_limit_and_at_least_one() -> None:
     assert lengths.expect("", 10, made_tokens=9) == 1
 
 
+def test_a_clients_hint_goes_before_what_was_learned_and_after_its_limit() -> None:
+    lengths = OutputLengths()
+    assert lengths.expect("", None, hint=900) == 900
+    assert lengths.expect("", 10, hint=900) == 10
+    assert lengths.expect("", None, made_tokens=890, hint=900) == 10
+    assert lengths.expect("", None, made_tokens=900, hint=900) == 900, "it was wrong"
+
+
 def test_kinds_are_learned_apart_and_new_ones_start_as_all() -> None:
     lengths = OutputLengths()
     for _ in range(400):

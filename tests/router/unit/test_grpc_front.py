@@ -108,6 +108,7 @@ def test_a_call_is_a_request_like_any_others(unit: Unit, stub: InferenceStub) ->
         ("authorization", "Bearer secret"),
         ("x-api-key", "another"),
         ("x-baton-priority", "low"),
+        ("x-baton-output-tokens", "7"),
         ("x-request-id", "mine"),
         ("x-vllm-priority", "1"),
     )
@@ -118,7 +119,8 @@ def test_a_call_is_a_request_like_any_others(unit: Unit, stub: InferenceStub) ->
     assert 20_000 < int(values.pop("x-baton-deadline-ms")) < 30_100
     assert int(values.pop("content-length")) > 0
     assert values == {
-        "authorization": "Bearer secret", "x-api-key": "another", "x-baton-priority": "low"
+        "authorization": "Bearer secret", "x-api-key": "another", "x-baton-priority": "low",
+        "x-baton-output-tokens": "7",
     }  # fmt: skip
     list(stub.Generate(request(1), timeout=30 * 24 * 3600))
     longest = f"x-baton-deadline-ms={LONGEST_DEADLINE_MS}"

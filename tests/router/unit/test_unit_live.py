@@ -85,7 +85,10 @@ def test_a_stream_that_waits_for_its_first_token_is_kept_alive(unit: Unit) -> No
 
 
 def test_the_ticket_is_the_request_id(unit: Unit) -> None:
-    headers = {"X-Request-Id": "mine", "Idempotency-Key": "k\xe9y\t1", "X-Baton-Priority": "low"}
+    headers = {
+        "X-Request-Id": "mine", "Idempotency-Key": "k\xe9y\t1", "X-Baton-Priority": "low",
+        "X-Baton-Output-Tokens": "2",
+    }  # fmt: skip
     body = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 2}
     response = unit.request("POST", "/v1/completions", body, headers)
     ticket = response.headers["X-Request-Id"]
@@ -97,6 +100,7 @@ def test_the_ticket_is_the_request_id(unit: Unit) -> None:
     assert sorted(question[3:]) == [
         f"content-length={length}",
         "idempotency-key=k\\xe9y 1",
+        "x-baton-output-tokens=2",
         "x-baton-priority=low",
     ]
 
