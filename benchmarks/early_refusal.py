@@ -40,7 +40,10 @@ from simulator.traces import BLOCK_TOKENS, TracedRequest
 ENGINES: Final = 8
 SPLITS: Final = (0, 3)
 """Of the engines, those that only compute prompts."""
-PEERS: Final = ("least_loaded", "sglang_cache_aware", "dynamo_kv", "llmd_guide", "mooncake")
+PEERS: Final = (
+    "least_loaded", "sglang_cache_aware", "dynamo_kv", "llmd_guide", "mooncake",
+    "mooncake_rejecting",
+)  # fmt: skip
 LOADS: Final = ("mooncake_conversation", "bursty", "azure2023_conv", "agents")
 OVERLOAD: Final = 2.0
 SHARE: Final = 0.9
@@ -125,14 +128,14 @@ def capacity_rps(workload: Workload, shared: Path, prefill: int, most: int) -> f
 
 
 def rows(
-    shared: Path, loads: Sequence[str], most: int, pictured: list[Figure]
+    shared: Path, loads: Sequence[str], most: int, policies: Sequence[str], pictured: list[Figure]
 ) -> Iterator[tuple[str, ...]]:
     """One for each workload, split and policy."""
     for name, prefill in itertools.product(loads, SPLITS):
         workload = WORKLOADS[name]
         rate_rps = OVERLOAD * capacity_rps(workload, shared, prefill, most)
         load = f"{name}, {prefill} + {ENGINES - prefill}, {rate_rps:.3g}/s"
-        for policy in (OURS, *PEERS):
+        for policy in policies:
             cuts = range(SEEDS if policy == OURS else PEER_SEEDS)
             served = [
                 serve(workload, shared, prefill, policy, rate_rps, most, seed) for seed in cuts
@@ -194,6 +197,9 @@ def main() -> None:
     parser = shared_files.parser(__doc__)
     parser.add_argument("--picture", type=Path, help="a PNG of the pools over time")
     parser.add_argument("--requests", type=int, default=8000, help="of each cut, at most")
+    parser.add_argument(
+        "--policies", type=lambda text: text.split(","), default=(OURS, *PEERS), help="with commas"
+    )
     given = parser.parse_args()
     pictured: list[Figure] = []
     heads = (
@@ -201,7 +207,7 @@ def main() -> None:
         "swing prefill / decode", "correlation",
     )  # fmt: skip
     with shared_files.needed():
-        print(table(heads, rows(given.shared, LOADS, given.requests, pictured)))
+        print(table(heads, rows(given.shared, LOADS, given.requests, given.policies, pictured)))
     if given.picture is not None:
         summary = "Prompt tokens in the prefill pool (line), requests in the decode pool (dashed)."
         picture.write(given.picture, "Both pools at twice what can be served", summary, pictured)

@@ -14,11 +14,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 from engine.base import OTHERS_INTERVAL_S
 from engine.profiles import EngineProfile
 from protos.ids import RequestKey, TicketId, WorkerId
+from router.core.costs import Slo
 from router.core.events import (
     AbortOn,
     CacheReported,
@@ -43,7 +44,7 @@ from router.core.events import (
 )
 from router.core.gate import NOTHING_PROMISED, Promises
 from router.core.moves import CoreSettings
-from router.core.placement import Placement
+from router.core.placement import Placement, View
 from router.core.router import RouterCore
 from simulator.traces import BLOCK_TOKENS, TracedRequest
 from simulator.worker import INCARNATION, Asked, SimulatedWorker
@@ -91,6 +92,16 @@ class Layout:
         return prefill_gpus + self.decode * self.profile.gpus
 
 
+@runtime_checkable
+class Refusing(Protocol):
+    """A policy that turns requests away itself, once their prompts are known: a router's own gate
+    knows less when it decides."""
+
+    def refuses(self, now_s: float, view: View, shape: Shape, slo: Slo) -> bool:
+        """Whether it would miss what is promised."""
+        ...
+
+
 class Cluster:
     """Routers, one for each policy object, and their workers. `on_end` is told of every request
     that was let in, with times as its client sees them."""
@@ -131,6 +142,11 @@ class Cluster:
             fetches_prefixes=True,
         )
         self.routers = [RouterCore(settings, placement) for placement in placements]
+        self._placements, self._promises = placements, promises
+        self._views = [
+            View(each.pool, each.moves.index, layout.block_tokens, layout.prefill > 0, 0)
+            for each in self.routers
+        ]
         manifests: dict[bytes, dict[str, object]] = {}
         names = [(Role.PREFILL, n) for n in range(layout.prefill)]
         names += [(Role.DECODE, n) for n in range(layout.decode)]
@@ -200,6 +216,10 @@ class Cluster:
         hashes = prompt_hashes(request, self._layout.block_tokens)
         self._asked[key] = Asked(request.input_tokens, request.output_tokens, hashes)
         router = self.router_of(request)
+        shape = Shape(request.input_tokens, request.max_tokens, addresses=hashes)
+        if self._policy_refuses(router, shape):
+            self._refused(key)
+            return
         # The output's length is nobody's to know, but for its limit.
         ticket = TicketId(key)
         terms = Terms(body_bytes=self._body_bytes(request), tenant=request.client)
@@ -211,7 +231,6 @@ class Cluster:
             self._refused(key)
             return
         self.prompt_tokens += request.input_tokens
-        shape = Shape(request.input_tokens, request.max_tokens, addresses=hashes)
         arrived = RequestArrived(key, Demand(shape, b""), ticket, terms=terms)
         if self._layout.front_in_s:
             self._at(self.now_s + self._layout.front_in_s, lambda _: self._feed(router, arrived))
@@ -221,6 +240,13 @@ class Cluster:
     def _body_bytes(self, request: TracedRequest) -> int:
         """Texts differ in how many bytes a token is: before it is tokenised nobody knows."""
         return round(request.input_tokens * _BYTES_PER_TOKEN * self._bodies.lognormvariate(0, 0.15))
+
+    def _policy_refuses(self, router: int, shape: Shape) -> bool:
+        policy, view, promised = self._placements[router], self._views[router], self._promises
+        if not isinstance(policy, Refusing):
+            return False
+        slo = Slo(promised.ttft_s or math.inf, promised.tpot_s or math.inf)
+        return policy.refuses(self.now_s, view, shape, slo)
 
     def _refused(self, key: RequestKey) -> None:
         self.under_way -= 1

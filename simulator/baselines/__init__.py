@@ -16,7 +16,7 @@ from simulator.baselines.aibrix import AibrixPd, AibrixPrefix
 from simulator.baselines.dynamo import DynamoConditional, DynamoKv
 from simulator.baselines.llmd import LlmdBuiltin, LlmdGuide
 from simulator.baselines.llumnix import Llumnix
-from simulator.baselines.mooncake import Mooncake
+from simulator.baselines.mooncake import Mooncake, MooncakeRejecting
 from simulator.baselines.ray_serve import RayPrefix
 from simulator.baselines.setup import Setup
 from simulator.baselines.sglang import SglangCacheAware
@@ -36,6 +36,7 @@ BASELINES: Final[dict[str, Callable[[Setup], Placement]]] = {
     "llmd_builtin": LlmdBuiltin,
     "llmd_guide": LlmdGuide,
     "mooncake": Mooncake,
+    "mooncake_rejecting": MooncakeRejecting,
     "aibrix_prefix": AibrixPrefix,
     "aibrix_pd": AibrixPd,
     "llumnix": Llumnix,

@@ -25,7 +25,10 @@ Deviations:
 - theta is unpublished ("adjusted manually"): a knob. Of those tried on the conversation trace 1 to
   4 serve it best (benchmarks/results/mooncake-scheduling.md). c_i = 0 is an infinite ratio.
 - Transfers do not slow each other down here, so T_x knows no congestion of the sender.
-- Rejection, early or not, is no part of placement and is left out.
+- `mooncake` lets everything in; `mooncake_rejecting` turns away who has a predicted TTFT or time
+  between tokens beyond its SLO, as Algorithm 1 does, once the prompt is known. What the paper's
+  section on overload adds, the decode pool's load at the end of the prefill, is left out: it takes
+  an unpublished constant.
 - Upstream is for disaggregated clusters only. Whole requests are placed by TTFT.
 """
 
@@ -37,7 +40,9 @@ from typing import ClassVar, Final
 from engine.latency_model import StepWork
 from protos.ids import WorkerId
 from router.core.candidates import Candidate
-from router.core.events import PrefixFetch
+from router.core.costs import Slo
+from router.core.events import PrefixFetch, Role, Shape
+from router.core.placement import View
 from router.core.workers import Worker
 from simulator.baselines.policy import Ask, Choice, Part, PeerPolicy
 from simulator.baselines.setup import Setup
@@ -129,3 +134,21 @@ class Mooncake(PeerPolicy):
             numbers = (0.0, 0.0, 0.0, 0, count.in_flight, count.context_tokens)
             candidates.append(Candidate(worker.id, role, step_s(work), numbers))
         return Choice(min(candidates, key=lambda each: each.cost).worker, candidates)
+
+
+class MooncakeRejecting(Mooncake):
+    """With the rejection of Algorithm 1."""
+
+    def refuses(self, now_s: float, view: View, shape: Shape, slo: Slo) -> bool:
+        """See `simulator.cluster.Refusing`."""
+        prefill, decode = view.pool.usable(Role.PREFILL), view.pool.usable(Role.DECODE)
+        if not decode:
+            return False  # Nobody can tell when there will be one.
+        ask = Ask(now_s, view, shape)
+        first = self.choose(ask, prefill or decode, Part.PREFILL if prefill else Part.WHOLE)
+        second = self._least_time_between_tokens(ask, decode)
+        return _least(first) > slo.ttft_s or _least(second) > slo.tpot_s
+
+
+def _least(choice: Choice) -> float:
+    return min(each.cost for each in choice.candidates)

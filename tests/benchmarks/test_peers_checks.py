@@ -11,8 +11,8 @@ from benchmarks.peers_workloads import Groups, grouped, toolagent
 from simulator.baselines import BASELINES
 from simulator.prefix_cache import distinct_tokens, token_hit_rate
 
-ELSEWHERE = {"llmd_builtin", "mooncake"}
-"""They have benchmarks of their own."""
+ELSEWHERE = {"llmd_builtin", "mooncake", "mooncake_rejecting"}
+"""They have benchmarks of their own, or are placed by one that has."""
 
 
 def test_every_policy_has_its_check() -> None:

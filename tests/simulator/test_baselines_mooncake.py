@@ -12,7 +12,9 @@ from dataclasses import replace
 import pytest
 
 from protos.ids import WorkerId
-from router.core.events import PrefixFetch, Role
+from router.core.costs import Slo
+from router.core.events import PrefixFetch, Role, Shape
+from simulator.cluster import Refusing
 from tests.simulator.peer import TIMING, Peer, costs, numbers
 
 
@@ -117,3 +119,19 @@ def test_whole_requests_fetch_too_but_not_those_that_go_on() -> None:
     peer.cached("d0", "abcd")
     assert peer.place("a", "abcd").fetch == PrefixFetch(WorkerId("d0"), 4)
     assert peer.place("b", "abcd", output_tokens=3).fetch is None
+
+
+@pytest.mark.parametrize(
+    ("slo", "refuses"),
+    [
+        (Slo(0.061, 0.03), False),
+        (Slo(0.059, 0.03), True),
+        (Slo(0.061, 0.01), True),
+    ],
+)
+def test_it_rejects_who_would_miss_an_slo_wherever_it_goes(slo: Slo, refuses: bool) -> None:
+    """60 ms for 50 tokens: the least of both; and a step of 12 ms and more."""
+    peer = Peer("mooncake_rejecting", "p0 d0")
+    assert isinstance(peer.policy, Refusing)
+    shape = Shape(50, None)
+    assert peer.policy.refuses(peer.now_s, peer.view, shape, slo) is refuses

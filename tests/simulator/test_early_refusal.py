@@ -29,10 +29,9 @@ def test_few_of_those_that_are_let_in_are_late(layout: Layout) -> None:
     measured = overloaded(layout, "baton").measured
     assert measured.refused > 0.25 * measured.requests
     assert measured.late < 0.02
-    assert measured.good + measured.refused <= measured.requests
-    peer = overloaded(layout, "least_loaded").measured
-    assert peer.refused == 0
-    assert measured.good > 1.5 * peer.good
+    peer = overloaded(layout, "mooncake_rejecting").measured
+    assert peer.refused
+    assert measured.good > 1.1 * peer.good
 
 
 def test_what_decode_workers_have_no_room_for_waits_before_its_first_token() -> None:
