@@ -2,7 +2,8 @@
 
 The same requests (8 groups whose prompts begin alike, Poisson arrivals, seeded lengths) go to a
 `baton serve` over HTTP, open loop and streamed, and to the simulated cluster, with the same
-placement on both sides: the default one, but where every request is handed over. What clients see
+placement on both sides: the default one with simulated engines, with real ones one that hands every
+request over where there are two. What clients see
 is compared: time to first token (TTFT), mean time between later tokens of a request (TPOT), and the
 share of prompt tokens that were cached where their prompts were computed. Each run has an instance
 and a seed of its own; differences are simulated against live, pair by pair; tables show medians

@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -18,7 +19,7 @@ from protos.errors import ConfigError, nearest
 from router.core.costs import Slo
 from simulator import traces, workloads
 from simulator.cluster import Layout
-from simulator.traces import TracedRequest
+from simulator.traces import BLOCK_TOKENS, TracedRequest
 
 _SLO: Final = re.compile(r"^(\d+(?:\.\d+)?)(ms|s),(\d+(?:\.\d+)?)(ms|s)$")
 _SEEN_FOR_SLO: Final = 1000
@@ -233,12 +234,16 @@ def check_reachable(
 
 
 def _alone_s(profile: EngineProfile, requests: Sequence[TracedRequest]) -> Slo:
-    """The least TTFT and TPOT of these requests."""
+    """The least TTFT and TPOT of these requests, each with all cached that those before it had."""
     times = StepTimes(profile.timing(1))
     ttft_s, tpot_s = float("inf"), float("inf")
+    known: set[int] = set()
     for request in requests:
         prompt, token = StepWork(), StepWork()
-        prompt.add_prefill(request.input_tokens, 0)
+        blocks = sum(1 for _ in takewhile(known.__contains__, request.block_ids))
+        known.update(request.block_ids)
+        cached_tokens = min(blocks * BLOCK_TOKENS, request.input_tokens - 1)
+        prompt.add_prefill(request.input_tokens - cached_tokens, cached_tokens)
         token.add_decode(request.input_tokens)
         ttft_s = min(ttft_s, times.step_s(prompt))
         tpot_s = min(tpot_s, times.step_s(token))

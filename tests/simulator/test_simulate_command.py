@@ -225,6 +225,13 @@ OTHER = ("poisson", "--rate", "1", "--gpus", "16", "--model", "llama-3.1-70b-h10
          "--prefill-model")  # fmt: skip
 
 
+def test_an_slo_that_caches_make_reachable_is_no_mistake() -> None:
+    code, told = typed("agents", "--rate", "5", "--minutes", "2", "--slo", "80ms,50ms")
+    assert code == 0, told
+    (served,) = re.findall(r"within both SLOs\W+([\d.]+)%", told)
+    assert float(served) > 50
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
