@@ -44,6 +44,7 @@ class EngineWatch:
 
     def __init__(self, now_s: float) -> None:
         self._clock = AwakeClock(now_s)
+        self._warm = False
         self._stopped_s = 0.0
         """How long it has been stopped (SIGSTOP)."""
         self._stepless_s = 0.0
@@ -54,6 +55,11 @@ class EngineWatch:
         """CPU seconds by thread within `_quiet_s`."""
         self._seen: Mapping[str, float] = {}
         """Their CPU seconds as of the last look; empty if there was none within `_quiet_s`."""
+
+    def warmed_up(self) -> None:
+        """It has computed a request of each kind. Until then it loads code while it computes, and
+        waits for disks that may be busy with what was just installed: quiet is no hang."""
+        self._warm = True
 
     def stepped(self) -> None:
         """It ended a step, or said anything else."""
@@ -83,7 +89,7 @@ class EngineWatch:
         self._stepless_s += passed_s
         if self._stepless_s >= ENDLESS_S:
             return f"work waits and it has ended no step for {self._stepless_s:.0f} s"
-        if self._stepless_s > passed_s:  # No step since the last look.
+        if self._warm and self._stepless_s > passed_s:  # No step since the last look.
             return self._judge_use(passed_s, threads())
         return None
 

@@ -94,6 +94,7 @@ class VllmEngine:
                 ready = await self._or_death(self._shake_hands(handshake))
                 self._kv_blocks_total = ready.num_gpu_blocks
                 self._untold_events = await warm_up(self)
+                self._watch.warmed_up()
         except TimeoutError:
             raise EngineError(
                 f"the engine was not ready within {_START_TIMEOUT_S:.0f} s; see {self._log_path}"

@@ -64,7 +64,23 @@ class Watched:
 
 @pytest.fixture
 def engine() -> Watched:
-    return Watched()
+    watched = Watched()
+    watched.watch.warmed_up()
+    return watched
+
+
+def test_one_that_warms_up_may_wait_for_its_disk_but_not_without_an_end() -> None:
+    engine = Watched()
+    engine.waits = True
+    took_s, verdict = engine.until_verdict(ENDLESS_S + 1)
+    assert took_s == pytest.approx(ENDLESS_S, abs=2 * LOOK_S)
+    assert verdict == "work waits and it has ended no step for 300 s"
+    engine = Watched()
+    engine.waits = True
+    engine.goes_on(60)
+    engine.watch.warmed_up()
+    engine.watch.stepped()
+    assert engine.until_verdict(HANG_S + 1)
 
 
 def test_work_without_step_or_cpu_is_a_hang_after_8_s(engine: Watched) -> None:
