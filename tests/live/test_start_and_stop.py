@@ -428,10 +428,16 @@ class Terminal:
         self.process = subprocess.Popen(
             [*before, str(BATON), "serve", "--config", str(config)], cwd=config.parent,
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=self._is_its_own,
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""
+
+    @staticmethod
+    def _is_its_own() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # These tests may run under nohup themselves.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def until_shown(self, text: str, limit_s: float) -> None:
         deadline_s = time.monotonic() + limit_s
