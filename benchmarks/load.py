@@ -19,6 +19,8 @@ from typing import Any, Final
 
 import psutil
 
+from tests.processes import ends_with_us
+
 VLLM_RS: Final = Path(sys.executable).parent / "vllm-rs"
 LIMIT_S: Final = 300.0
 _WARM_UP_SEED: Final = 1_000_000
@@ -119,7 +121,11 @@ class _Run:
         self._samples: list[tuple[float, float]] = []
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT
+                command,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=ends_with_us,
             )
             watched = psutil.Process(process.pid)
             while process.poll() is None and time.perf_counter() - began_s < LIMIT_S:

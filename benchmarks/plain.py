@@ -23,6 +23,7 @@ import psutil
 from cluster.engine_defaults import cpu_arguments, cpu_environment, tiny_model_dtype
 from cluster.model import TINY_NAME
 from tests.free_ports import free_port
+from tests.processes import ends_with_us
 
 START_TIMEOUT_S: Final = 240.0
 _STOP_S: Final = 15.0
@@ -58,6 +59,7 @@ def plain_server(
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
+            preexec_fn=ends_with_us,
         )
     try:
         _until_healthy(process, port, log_path)

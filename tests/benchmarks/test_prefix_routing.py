@@ -17,7 +17,9 @@ WORSE_S = 3.0
 
 
 @pytest.mark.parametrize("name", ["random", "load-aware"])
-def test_those_that_do_not_see_the_cache_collapse_between_15_and_20(name: str) -> None:
+def test_those_that_do_not_see_the_cache_collapse_between_15_and_20(name: str, whole: bool) -> None:
+    if name == "random" and not whole:
+        pytest.skip("it collapses where load-aware does: with --whole")
     for rate_rps, seen in simulate(SCHEDULERS[name]).items():
         if rate_rps <= 15:
             assert seen.ttft_p90_s < WORSE_S

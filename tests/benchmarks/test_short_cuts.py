@@ -47,7 +47,9 @@ def test_the_front_door() -> None:
 
 
 @pytest.mark.slow
-def test_the_overhead() -> None:
+def test_the_overhead(whole: bool) -> None:
+    if not whole:
+        pytest.skip("four servers start for it, one after the other: with --whole")
     report = report_of("overhead")
     for server in ("plain vLLM", "Baton aggregated", "Baton P/D"):
         assert rows(report, server)

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from tests.free_ports import free_port
+from tests.processes import ends_with_us
 
 _ROOT = Path(__file__).parents[2]
 _STRANGER = """
@@ -49,6 +50,7 @@ class Serving:
                     "BATON_RUN_DIRECTORY": str(directory),
                     "BATON_GRPC__PORT": "null",
                 },
+                preexec_fn=ends_with_us,
             )  # fmt: skip
 
     def get(self, path: str) -> Any:

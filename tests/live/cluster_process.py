@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from tests.free_ports import free_port
+from tests.processes import ends_with_us
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ class BatonServe:
                 # Its session is the client's: each would get its share of the cores, however
                 # little the client needs, and may then wait for seconds (autogroup).
                 process_group=0,
+                preexec_fn=ends_with_us,
             )
         cls.started.append(cls(process, port, grpc_port, log_path))
         return cls.started[-1]

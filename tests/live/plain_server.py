@@ -17,6 +17,7 @@ from typing import Final
 from cluster.engine_defaults import tiny_model_dtype
 from tests.free_ports import free_port
 from tests.live.cluster_process import START_TIMEOUT_S, STOP_TIMEOUT_S
+from tests.processes import ends_with_us
 
 _SERVER: Final = "vllm.entrypoints.launchers.api_server.entry"
 _ARGUMENTS: Final = (
@@ -58,6 +59,7 @@ def plain_server(model: Path, served_name: str) -> Iterator[str]:
             env={**os.environ, **_ENVIRONMENT},
             # Its engine is a child that shall go with it.
             process_group=0,
+            preexec_fn=ends_with_us,
         )
         try:
             _until_serving(process, url, log.fileno())

@@ -27,6 +27,7 @@ from protos.enginecore import EngineRequest
 from router.settings import JointSettings, RouterSettings, SharePrefixes, UnitPaths, save
 from router.ticket_mint import TicketMint
 from router.unit.anchor.relay import Relay
+from tests.processes import ends_with_us
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a token of the tests"
@@ -176,7 +177,7 @@ class Unit:
 
     def start_router(self) -> None:
         command = [sys.executable, "-m", "router.process", str(self.paths.directory)]
-        self.router = subprocess.Popen(command, cwd=ROOT)
+        self.router = subprocess.Popen(command, cwd=ROOT, preexec_fn=ends_with_us)
 
     def start_worker(self, name: str, step_s: float = STEP_S, model: str = "none") -> None:
         role = "prefill" if name.startswith("p") else "decode"
@@ -188,6 +189,7 @@ class Unit:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            preexec_fn=ends_with_us,
         )
         assert process.stdout is not None
         port, incarnation, weights = process.stdout.readline().split()

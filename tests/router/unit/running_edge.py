@@ -26,6 +26,7 @@ from running_unit import eventually
 from router.settings import UnitPaths, UnitSettings
 from router.unit.edge import configuration as edge
 from router.unit.fronts import launch as fronts
+from tests.processes import ends_with_us
 
 T = TypeVar("T")
 CONTEXT_TOKENS = 512
@@ -157,6 +158,7 @@ class RunningEdge:
                     pass_fds=[listener.fileno()],
                     stdin=subprocess.DEVNULL,
                     stderr=log,
+                    preexec_fn=ends_with_us,
                 )
 
     def _serves(self) -> bool:

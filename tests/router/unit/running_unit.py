@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from router.settings import UnitPaths, UnitSettings, save
 from router.unit.children import start_time
 from tests.free_ports import free_port
+from tests.processes import ends_with_us
 
 ROOT = Path(__file__).parents[3]
 FAKE_ROUTER = Path(__file__).with_name("fake_router.py")
@@ -115,7 +116,7 @@ class Unit:
     def start_anchor(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "router.unit.anchor.process", str(self.paths.directory)]
         with (self.paths.directory / "anchor.log").open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, stderr=log)
+            return subprocess.Popen(command, cwd=ROOT, stderr=log, preexec_fn=ends_with_us)
 
     def state(self) -> dict[str, Any]:
         return json.loads(self.paths.anchor_state.read_bytes())  # type: ignore[no-any-return]

@@ -24,6 +24,7 @@ from router.settings import UnitPaths, UnitSettings, save
 from router.unit.grpc_front import calls as grpc_calls
 from router.unit.grpc_front import launch as grpc_launch
 from tests.free_ports import free_port
+from tests.processes import ends_with_us
 
 METHOD = "/baton.v1.Inference/Generate"
 REQUEST = GenerateRequest(text="Hello")
@@ -58,7 +59,10 @@ class Front:
         command = grpc_launch.command(self.settings, self.paths)
         with (directory / "grpc.log").open("wb") as log:
             self.process = subprocess.Popen(
-                command.arguments, env=dict(command.environment), stderr=log
+                command.arguments,
+                env=dict(command.environment),
+                stderr=log,
+                preexec_fn=ends_with_us,
             )
 
     @property
