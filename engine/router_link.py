@@ -43,6 +43,8 @@ class RouterLink:
         self._refusals: list[Output] = []
         self._load: worker_pb2.Load | None = None
         self._metrics: worker_pb2.Metrics | None = None
+        self._learned: dict[str, worker_pb2.Learned] = {}
+        """By the router that learned it: the newest."""
         self._wake = asyncio.Event()
         self._closed = False
 
@@ -74,6 +76,11 @@ class RouterLink:
         self._cache.ask()
         self._wake.set()
 
+    def pass_on(self, learned: worker_pb2.Learned) -> None:
+        """Tell it what another router has learned."""
+        self._learned[learned.router_id] = learned
+        self._wake.set()
+
     def drop(self, engine_id: str) -> None:
         """The router has all it needs of this attempt."""
         self._begun.pop(engine_id, None)
@@ -93,6 +100,9 @@ class RouterLink:
             if not self._closed and self._metrics is not None:
                 metrics, self._metrics = self._metrics, None
                 yield worker_pb2.WorkerMessage(metrics=metrics)
+            while not self._closed and self._learned:
+                _, learned = self._learned.popitem()
+                yield worker_pb2.WorkerMessage(learned=learned)
             if not self._closed and self._cache.owes_part:
                 # One at a time: tokens don't wait for all of them.
                 yield worker_pb2.WorkerMessage(cache_snapshot=self._cache.take_part())

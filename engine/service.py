@@ -245,6 +245,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             said = command.queued
             queued = Queued(said.requests, said.work_s, said.first_due_in_s)
             self._attempts.work.queue(time.monotonic(), link.router_id, queued)
+        elif command.HasField("learned"):
+            command.learned.router_id = link.router_id
+            for other in self._links.values():
+                if other is not link:
+                    other.pass_on(command.learned)
 
     def _reserve(self, link: RouterLink, reserve: worker_pb2.Reserve) -> None:
         work = self._attempts.work

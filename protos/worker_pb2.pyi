@@ -33,7 +33,7 @@ class RouterMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Iterable[_Union[Command, _Mapping]]] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("submit", "abort", "resend", "forget", "ask_cache", "reserve", "queued")
+    __slots__ = ("submit", "abort", "resend", "forget", "ask_cache", "reserve", "queued", "learned")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RESEND_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class Command(_message.Message):
     ASK_CACHE_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     abort: Abort
     resend: Resend
@@ -48,7 +49,8 @@ class Command(_message.Message):
     ask_cache: AskCache
     reserve: Reserve
     queued: Queued
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., ask_cache: _Optional[_Union[AskCache, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ...) -> None: ...
+    learned: Learned
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., ask_cache: _Optional[_Union[AskCache, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., learned: _Optional[_Union[Learned, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "router_incarnation")
@@ -126,17 +128,41 @@ class Queued(_message.Message):
     first_due_in_s: float
     def __init__(self, requests: _Optional[int] = ..., work_s: _Optional[float] = ..., first_due_in_s: _Optional[float] = ...) -> None: ...
 
+class Learned(_message.Message):
+    __slots__ = ("router_id", "ttft", "tpot")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    TTFT_FIELD_NUMBER: _ClassVar[int]
+    TPOT_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    ttft: LearnedMargin
+    tpot: LearnedMargin
+    def __init__(self, router_id: _Optional[str] = ..., ttft: _Optional[_Union[LearnedMargin, _Mapping]] = ..., tpot: _Optional[_Union[LearnedMargin, _Mapping]] = ...) -> None: ...
+
+class LearnedMargin(_message.Message):
+    __slots__ = ("seen", "log_mean", "log_variance", "caution_spreads")
+    SEEN_FIELD_NUMBER: _ClassVar[int]
+    LOG_MEAN_FIELD_NUMBER: _ClassVar[int]
+    LOG_VARIANCE_FIELD_NUMBER: _ClassVar[int]
+    CAUTION_SPREADS_FIELD_NUMBER: _ClassVar[int]
+    seen: float
+    log_mean: float
+    log_variance: float
+    caution_spreads: float
+    def __init__(self, seen: _Optional[float] = ..., log_mean: _Optional[float] = ..., log_variance: _Optional[float] = ..., caution_spreads: _Optional[float] = ...) -> None: ...
+
 class WorkerMessage(_message.Message):
-    __slots__ = ("welcome", "step", "metrics", "cache_snapshot")
+    __slots__ = ("welcome", "step", "metrics", "cache_snapshot", "learned")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     step: Step
     metrics: Metrics
     cache_snapshot: CacheSnapshot
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ...) -> None: ...
+    learned: Learned
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., learned: _Optional[_Union[Learned, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("worker_id", "worker_incarnation", "role", "engine_tag", "block_size_tokens", "kv_blocks_total", "max_model_len_tokens", "ready_payload", "held", "index_block_tokens")

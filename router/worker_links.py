@@ -30,6 +30,7 @@ from router.worker_messages import (
     ToWorker,
     cache_changed,
     command_of,
+    learned_elsewhere,
     step_reported,
     worker_up,
 )
@@ -209,6 +210,8 @@ class WorkerLink:
                         self._listener.feed(CacheReported(self._id, self._incarnation, snapshot))
                 elif message.HasField("metrics"):
                     self._listener.on_metrics(self._id, dict(message.metrics.values))
+                elif message.HasField("learned"):
+                    self._listener.feed(learned_elsewhere(message.learned))
         finally:
             sender.cancel()
             # Its errors are the link's, which the reader tells.

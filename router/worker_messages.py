@@ -14,6 +14,7 @@ from router.core.events import (
     CacheReported,
     Forget,
     HeldAttempt,
+    LearnedElsewhere,
     OutputReport,
     PromptUse,
     Resend,
@@ -21,11 +22,13 @@ from router.core.events import (
     Role,
     StepReported,
     Submit,
+    TellLearned,
     TellQueued,
     WorkerUp,
 )
+from router.core.shared_margin import Learned, LearnedMargin
 
-ToWorker = Submit | Reserve | TellQueued | AbortOn | Forget | Resend | AskCache
+ToWorker = Submit | Reserve | TellQueued | TellLearned | AbortOn | Forget | Resend | AskCache
 
 
 def command_of(command: ToWorker) -> worker_pb2.Command:
@@ -37,6 +40,9 @@ def command_of(command: ToWorker) -> worker_pb2.Command:
         return worker_pb2.Command(reserve=reserve)
     if isinstance(command, TellQueued):
         return worker_pb2.Command(queued=worker_pb2.Queued(**command.queued._asdict()))
+    if isinstance(command, TellLearned):
+        ttft, tpot = (worker_pb2.LearnedMargin(**each._asdict()) for each in command.learned)
+        return worker_pb2.Command(learned=worker_pb2.Learned(ttft=ttft, tpot=tpot))
     key, attempt = command.key, command.attempt
     if isinstance(command, Submit):
         submit = worker_pb2.Submit(
@@ -100,6 +106,15 @@ def _placed(told: worker_pb2.PlacedWork) -> PlacedWork:
 
 def _queued(told: worker_pb2.Queued) -> Queued:
     return Queued(told.requests, told.work_s, told.first_due_in_s)
+
+
+def learned_elsewhere(told: worker_pb2.Learned) -> LearnedElsewhere:
+    """What another router has learned."""
+    ttft, tpot = (
+        LearnedMargin(each.seen, each.log_mean, each.log_variance, each.caution_spreads)
+        for each in (told.ttft, told.tpot)
+    )
+    return LearnedElsewhere(told.router_id, Learned(ttft, tpot))
 
 
 def cache_changed(

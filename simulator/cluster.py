@@ -27,6 +27,7 @@ from router.core.events import (
     Demand,
     Ended,
     Event,
+    LearnedElsewhere,
     MemberFacts,
     MembershipChanged,
     RequestArrived,
@@ -36,6 +37,7 @@ from router.core.events import (
     SnapshotTaken,
     StepReported,
     Submit,
+    TellLearned,
     TellQueued,
     Terms,
     Tick,
@@ -260,7 +262,9 @@ class Cluster:
             self._obey(router, command)
 
     def _obey(self, router: int, command: Command) -> None:
-        if isinstance(command, Submit | Reserve | TellQueued | AbortOn):
+        if isinstance(command, TellLearned):
+            self._pass_on(router, command)
+        elif isinstance(command, Submit | Reserve | TellQueued | AbortOn):
             worker = self.workers[command.worker]
 
             def deliver(now_s: float) -> None:
@@ -285,6 +289,17 @@ class Cluster:
             self.ended_s = self.now_s
             del self._asked[command.key]
             self._on_end(self._as_its_client_sees(command))
+
+    def _pass_on(self, router: int, command: TellLearned) -> None:
+        """By way of a worker, which keeps nothing of it."""
+        learned = LearnedElsewhere(str(router), command.learned)
+
+        def arrive(_: float) -> None:
+            for other in range(len(self.routers)):
+                if other != router:
+                    self._feed(other, learned)
+
+        self._at(self.now_s + 2 * self._layout.link_s, arrive)
 
     def _as_its_client_sees(self, ended: Ended) -> Ended:
         ttft_s, front_s = ended.time_to_first_token_s, self._front_s

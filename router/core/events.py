@@ -17,6 +17,7 @@ from engine.base import NOTHING_PLACED, NOTHING_QUEUED, EngineLoad, PlacedWork, 
 from kvstore.index_feed import CacheChange, CacheSnapshot
 from protos.anchor_link import Deliver
 from protos.ids import Attempt, Incarnation, RequestKey, TicketId, WorkerId
+from router.core.shared_margin import Learned
 
 
 class Role(StrEnum):
@@ -291,6 +292,14 @@ class StepReported(Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
+class LearnedElsewhere:
+    """What another router has learned of its predictions, as a worker passes it on."""
+
+    router_id: str
+    learned: Learned
+
+
+@dataclass(frozen=True, slots=True)
 class CacheReported:
     """What a worker says of its prefix cache."""
 
@@ -326,7 +335,7 @@ class Tick:
 Event: TypeAlias = (
     RequestArrived | SnapshotTaken | RequestAborted | FrontGone | TicketAsked | EdgeEnded
     | WorkerUp | WorkerLinkBroken | WorkerDead | StepReported | CacheReported | MembershipChanged
-    | Tick
+    | LearnedElsewhere | Tick
 )  # fmt: skip
 
 
@@ -376,6 +385,14 @@ class TellQueued:
 
     worker: WorkerId
     queued: Queued
+
+
+@dataclass(frozen=True, slots=True)
+class TellLearned:
+    """What this router has learned of its predictions: that worker passes it on to all others."""
+
+    worker: WorkerId
+    learned: Learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,6 +469,7 @@ Command: TypeAlias = (
     | Submit
     | Reserve
     | TellQueued
+    | TellLearned
     | AbortOn
     | Forget
     | Resend

@@ -14,15 +14,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
-from engine.learned_times import Factor
 from protos.ids import TicketId
 from router.core.backlog import Backlog, Before, Waiting
-from router.core.caution import Caution
 from router.core.elsewhere import Elsewhere
 from router.core.events import (
     End,
     Ended,
     Fault,
+    LearnedElsewhere,
     Priority,
     Shape,
     Terms,
@@ -31,6 +30,7 @@ from router.core.events import (
 )
 from router.core.placement import Expected, Placement, View
 from router.core.prompt_sizes import PromptSizes
+from router.core.shared_margin import Known, Learned, SharedMargin
 
 SURER: Final = {Priority.HIGH: -0.75, Priority.NORMAL: 0.0, Priority.LOW: 1.25}
 """By how many spreads (standard deviations of the logarithm) more than for others a prediction must
@@ -50,6 +50,8 @@ DUE_AFTER: Final = {Priority.HIGH: 0.5, Priority.NORMAL: 1.0, Priority.LOW: 4.0}
 """A request is due after so many times the promised TTFT: what matters more goes first, and none
 waits forever."""
 DUE_UNPROMISED_S: Final = 10.0
+LEARNED_TOLD_S: Final = 1.0
+"""How often at most others are told what was learned here."""
 ARRIVES_WITHIN_S: Final = 5.0
 """After its ticket; a body that a front refuses never arrives."""
 LONGEST_RETRY_S: Final = 60
@@ -100,10 +102,9 @@ class Gate:
         elsewhere: Elsewhere,
     ) -> None:  # fmt: skip
         self.sizes = PromptSizes()
-        self.ttft_factor = Factor(newest_weight=NEWEST_WEIGHT)
-        self.tpot_factor = Factor(newest_weight=NEWEST_WEIGHT)
+        self.ttft_margin = SharedMargin(NEWEST_WEIGHT)
+        self.tpot_margin = SharedMargin(NEWEST_WEIGHT)
         """By which what others do to a request took longer than predicted."""
-        self.ttft_caution, self.tpot_caution = Caution(), Caution()
         self._promises = promises
         self._placement = placement
         self._view = view
@@ -111,6 +112,8 @@ class Gate:
         self._elsewhere = elsewhere
         self._coming: dict[TicketId, LetIn] = {}
         self._coming_s = 0.0
+        self._told_s = -math.inf
+        self._told_observations = 0
 
     def ask(self, now_s: float, asked: TicketAsked) -> TicketRefused | None:
         """Why it is not let in; None if it is, and then it is counted until it arrives."""
@@ -131,21 +134,23 @@ class Gate:
         expected = self._placement.expect(now_s, self._view, shape, before)
         if expected is None:
             return None
-        refusal = self._refusal(expected, promised, SURER[terms.priority])
+        known = self.ttft_margin.known(now_s), self.tpot_margin.known(now_s)
+        refusal = self._refusal(expected, promised, *known, SURER[terms.priority])
         if refusal is None:
-            foreseen = Foreseen(expected, self.ttft_factor.value, self.tpot_factor.value)
+            foreseen = Foreseen(expected, *(each.factor for each in known))
             let_in = LetIn(now_s + ARRIVES_WITHIN_S, guess.tokens, foreseen)
             self._coming[asked.ticket] = let_in
             self._coming_s += let_in.prefill_s
         return refusal
 
     def _refusal(
-        self, expected: Expected, promised: Promises, surer: float
-    ) -> TicketRefused | None:
+        self, expected: Expected, promised: Promises, ttft_known: Known, tpot_known: Known,
+        surer: float,
+    ) -> TicketRefused | None:  # fmt: skip
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
         tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
-        ttft_s = ttft.at_most_s(self.ttft_factor, surer + self.ttft_caution.spreads)
-        tpot_s = tpot.at_most_s(self.tpot_factor, surer + self.tpot_caution.spreads)
+        ttft_s = ttft.at_most_s(ttft_known.times(surer))
+        tpot_s = tpot.at_most_s(tpot_known.times(surer))
         if ttft.is_too_much(ttft_s):
             return _refuse("first token would come after", ttft, ttft_s, 1.0)
         if tpot.is_too_much(tpot_s):
@@ -171,12 +176,14 @@ class Gate:
             waiting = replace(waiting, late_s=now_s + promised_s, promised_s=promised_s)
         return waiting, None if let_in is None else let_in.foreseen
 
-    def learn_first_token(self, foreseen: Foreseen, terms: Terms, measured_s: float) -> None:
+    def learn_first_token(
+        self, now_s: float, foreseen: Foreseen, terms: Terms, measured_s: float
+    ) -> None:
         """A request that was let in gets its first token: at once, since by its end many more will
         have been let in."""
         promised_s = self._promises.of_request(terms).ttft_s
         load = _Load(foreseen.expected.ttft_s, foreseen.expected.alone_ttft_s, promised_s)
-        _learn(load, measured_s, self.ttft_factor, foreseen.ttft_factor, self.ttft_caution)
+        _learn(now_s, load, measured_s, self.ttft_margin, foreseen.ttft_factor)
 
     def learn_late(self, foreseen: Foreseen, terms: Terms) -> Foreseen:
         """A request that was let in waits, and would not be in time any more: it goes behind those
@@ -184,10 +191,10 @@ class Gate:
         comes will tell nothing of the load."""
         promised_s, expected = self._promises.of_request(terms).ttft_s, foreseen.expected
         if _Load(expected.ttft_s, expected.alone_ttft_s, promised_s).is_for_the_margin:
-            self.ttft_caution.observe(late=True)
+            self.ttft_margin.caution.observe(late=True)
         return foreseen._replace(expected=expected._replace(ttft_s=expected.alone_ttft_s))
 
-    def learn(self, foreseen: Foreseen, terms: Terms, ended: Ended) -> None:
+    def learn(self, now_s: float, foreseen: Foreseen, terms: Terms, ended: Ended) -> None:
         """A request that was let in is over: hold its tokens' distance against what was expected,
         and its first token's time if it gave up waiting for that."""
         if ended.end is End.FAILED and ended.fault is not Fault.DEADLINE:
@@ -197,8 +204,8 @@ class Gate:
         if ended.time_per_output_token_s is not None and ended.end is End.COMPLETE:
             tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
             _learn(
-                tpot, ended.time_per_output_token_s, self.tpot_factor, foreseen.tpot_factor,
-                self.tpot_caution,
+                now_s, tpot, ended.time_per_output_token_s, self.tpot_margin,
+                foreseen.tpot_factor,
             )  # fmt: skip
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
         if ended.time_to_first_token_s is None and ttft.is_for_the_margin:
@@ -206,7 +213,20 @@ class Gate:
             # longer than promised was late.
             assert ttft.promised_s is not None
             if (ended.duration_s or 0.0) > ttft.promised_s:
-                self.ttft_caution.observe(late=True)
+                self.ttft_margin.caution.observe(late=True)
+
+    def hear(self, now_s: float, event: LearnedElsewhere) -> None:
+        """Another router has learned something."""
+        self.ttft_margin.hear(now_s, event.router_id, event.learned.ttft)
+        self.tpot_margin.hear(now_s, event.router_id, event.learned.tpot)
+
+    def news(self, now_s: float) -> Learned | None:
+        """What was learned here, if others are to know of it and do not."""
+        observations = self.ttft_margin.factor.observations + self.tpot_margin.factor.observations
+        if observations == self._told_observations or now_s - self._told_s < LEARNED_TOLD_S:
+            return None
+        self._told_observations, self._told_s = observations, now_s
+        return Learned(self.ttft_margin.learned(now_s), self.tpot_margin.learned(now_s))
 
     def _due_s(self, now_s: float, terms: Terms) -> float:
         promised_s = self._promises.of_request(terms).ttft_s or DUE_UNPROMISED_S
@@ -270,9 +290,8 @@ class _Load(NamedTuple):
         """Others do nothing to it that counts."""
         return self.s <= IDLE * self.alone_s
 
-    def at_most_s(self, factor: Factor, sure: float) -> float:
-        margin = min(LARGEST_MARGIN, factor.value * math.exp(sure * factor.spread))
-        return self.alone_s + margin * self.s
+    def at_most_s(self, times: float) -> float:
+        return self.alone_s + min(LARGEST_MARGIN, times) * self.s
 
     def is_too_much(self, at_most_s: float) -> bool:
         """Where there is none nothing is refused: its client would gain nothing by coming later."""
@@ -281,15 +300,15 @@ class _Load(NamedTuple):
         return at_most_s > self.promised_s
 
 
-def _learn(load: _Load, measured_s: float, factor: Factor, used: float, caution: Caution) -> None:
+def _learn(now_s: float, load: _Load, measured_s: float, margin: SharedMargin, used: float) -> None:
     if load.promised_s is None:
         return
     if load.is_for_the_margin:
-        caution.observe(late=measured_s > load.promised_s)
+        margin.caution.observe(late=measured_s > load.promised_s)
     if load.is_near:
         # A load that did not come at all has no logarithm and is passed over, so that the margin is
         # a little too wide.
-        factor.observe(measured_s - load.alone_s, load.s, used=used)
+        margin.observe(now_s, measured_s - load.alone_s, load.s, used=used)
 
 
 def _refuse(what: str, load: _Load, at_most_s: float, times: float) -> TicketRefused:

@@ -17,7 +17,7 @@ from router.core.backlog import Backlog
 from router.core.deadlines import Deadlines
 from router.core.elsewhere import Elsewhere
 from router.core.endings import Endings, Told
-from router.core.events import End, Ended, Fault, Role, Submit
+from router.core.events import End, Ended, Fault, Role, Submit, TellLearned
 from router.core.gate import NOTHING_PROMISED, Gate, Promises, kind_of
 from router.core.lifecycle import Engagement, Request, State, Trigger
 from router.core.outbox import Counts, Outbox
@@ -117,15 +117,30 @@ class Moves:
 
     def tell_queue(self, now_s: float) -> None:
         """Let other routers know what waits here."""
-        # All routers see the same workers, so they tell the same one; of those that decode, since
-        # these report often.
-        workers = self.pool.usable(Role.DECODE) or self.pool.usable(Role.PREFILL)
-        if not workers:
+        to = self._told
+        if to is None:
             return
-        for command in self.elsewhere.tell(now_s, workers[0].id, goes_on=self.pool.all_reached):
+        for command in self.elsewhere.tell(now_s, to.id, goes_on=self.pool.all_reached):
             told = self.pool.get(command.worker)
             if told is not None and told.attached:
                 self.outbox.note(command)
+
+    def tell_learned(self, now_s: float) -> None:
+        """Let other routers know what was learned here. Also if none is known: one that begins in
+        an overload lets in nothing by what it knows itself, so that nobody would hear of it."""
+        to = self._told
+        if to is None:
+            return
+        news = self.gate.news(now_s)
+        if news is not None:
+            self.outbox.note(TellLearned(to.id, news))
+
+    @property
+    def _told(self) -> Worker | None:
+        """The worker that tells other routers of this one. All routers see the same workers, so
+        they choose the same one; of those that decode, since these report often."""
+        workers = self.pool.usable(Role.DECODE) or self.pool.usable(Role.PREFILL)
+        return workers[0] if workers else None
 
     def look_again(self) -> None:
         """Who waits may be placed now."""
@@ -264,7 +279,7 @@ class Moves:
         request.record.first_token_s = now_s
         ttft_s = request.record.ttft_s
         if request.foreseen is not None and ttft_s is not None:
-            self.gate.learn_first_token(request.foreseen, request.story.terms, ttft_s)
+            self.gate.learn_first_token(now_s, request.foreseen, request.story.terms, ttft_s)
 
     def first_token(self, now_s: float, request: Request) -> None:
         """Its prompt is computed."""
@@ -343,20 +358,20 @@ class Moves:
         self._learn_size(request.story)
         ended = _ended(request, end)
         if end is End.CANCELLED:
-            self.tell_all(self.endings.aborted(now_s, request, ended))
+            self.tell_all(now_s, self.endings.aborted(now_s, request, ended))
         else:
-            self._tell(request, ended)
+            self._tell(now_s, request, ended)
 
-    def tell_all(self, aborted: Iterable[Told]) -> None:
+    def tell_all(self, now_s: float, aborted: Iterable[Told]) -> None:
         """How requests that their fronts aborted have ended is known by now."""
         for request, ended in aborted:
             if ended.end is End.COMPLETE:
                 self._placement.stopped(request.shape.kind, request.position)
-            self._tell(request, ended)
+            self._tell(now_s, request, ended)
 
-    def _tell(self, request: Request, ended: Ended) -> None:
+    def _tell(self, now_s: float, request: Request, ended: Ended) -> None:
         if request.foreseen is not None:
-            self.gate.learn(request.foreseen, request.story.terms, ended)
+            self.gate.learn(now_s, request.foreseen, request.story.terms, ended)
         self.outbox.note(ended)
 
     def _learn_size(self, story: TicketStory) -> None:

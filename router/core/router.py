@@ -26,6 +26,7 @@ from router.core.events import (
     Fault,
     FrontGone,
     HeldAttempt,
+    LearnedElsewhere,
     MembershipChanged,
     RequestAborted,
     RequestArrived,
@@ -84,6 +85,7 @@ class RouterCore:
             WorkerDead: self._worker_dead,
             StepReported: self._step_reported,
             CacheReported: self._cache_reported,
+            LearnedElsewhere: self._learned_elsewhere,
             MembershipChanged: self._membership_changed,
             Tick: self._tick,
         }
@@ -200,7 +202,7 @@ class RouterCore:
         self.moves.gate.left(event.ticket)
         story = self.book.edge_ended(event)
         if story is not None:
-            self.moves.tell_all(self.moves.endings.edge_ended(story))
+            self.moves.tell_all(now_s, self.moves.endings.edge_ended(story))
 
     # Workers
 
@@ -302,6 +304,9 @@ class RouterCore:
         for output in event.outputs:
             take(now_s, worker, output)
 
+    def _learned_elsewhere(self, now_s: float, event: LearnedElsewhere) -> None:
+        self.moves.gate.hear(now_s, event)
+
     def _cache_reported(self, now_s: float, event: CacheReported) -> None:
         worker = self._living(event.worker, event.incarnation)
         if worker is None or not worker.attached:
@@ -330,7 +335,8 @@ class RouterCore:
     def _tick(self, now_s: float, event: Tick) -> None:
         self.recovery.proceed(now_s)
         self.moves.outbox.forget_due(now_s)
-        self.moves.tell_all(self.moves.endings.due(now_s))
+        self.moves.tell_all(now_s, self.moves.endings.due(now_s))
+        self.moves.tell_learned(now_s)
         for key in self.moves.deadlines.due(now_s):
             if (late := self.moves.requests.get(key)) is not None:
                 self.moves.fail(now_s, late, Fault.DEADLINE, _DEADLINE)

@@ -16,8 +16,9 @@ from engine.simulated.engine import SimulatedEngine
 from engine.spec import SimulatedTiming, WorkerSpec
 from protos import worker_pb2
 from protos.ids import Incarnation, WorkerId
-from router.core.events import StepReported
-from router.worker_messages import step_reported
+from router.core.events import LearnedElsewhere, StepReported, TellLearned
+from router.core.shared_margin import Learned, LearnedMargin
+from router.worker_messages import command_of, learned_elsewhere, step_reported
 from tests.engine.running_worker import TOKEN, Router, submit
 
 WORKER = WorkerId("decode-0")
@@ -142,6 +143,27 @@ async def test_what_waits_at_a_router_is_told_to_others_as_long_as_it_says_so(ad
         await hears_queued(other, lambda queued: not queued.requests)
     assert await hears_queued(one, lambda queued: True) == NOTHING_QUEUED
     for router in (one, other):
+        await router.close()
+
+
+async def test_what_a_router_learned_is_passed_on_to_all_others(address: str) -> None:
+    routers = [await attached(address, name) for name in ("one", "other", "third")]
+    said = Learned(LearnedMargin(40.0, -0.5, 0.04, 0.3), LearnedMargin(7.0, 0.1, 0.01, 0.0))
+    await routers[0].send(learned=command_of(TellLearned(WORKER, said)).learned)
+    for router in routers[1:]:
+        async with asyncio.timeout(5):
+            async for message in router.messages():
+                if message.HasField("learned"):
+                    assert learned_elsewhere(message.learned) == LearnedElsewhere("one", said)
+                    break
+    # It hears all of the others, and nothing of itself.
+    await routers[1].send(learned=worker_pb2.Learned())
+    async with asyncio.timeout(5):
+        async for message in routers[0].messages():
+            if message.HasField("learned"):
+                assert message.learned.router_id == "other"
+                break
+    for router in routers:
         await router.close()
 
 

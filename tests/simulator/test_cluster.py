@@ -18,7 +18,7 @@ from engine.simulated.scheduler import Scheduler
 from protos.ids import WorkerId
 from router.core.costs import Slo
 from router.core.events import End, Ended
-from router.core.gate import DUE_UNPROMISED_S
+from router.core.gate import DUE_UNPROMISED_S, Promises
 from router.core.placement import Placement
 from simulator import workloads
 from simulator.baselines import BASELINES, Setup
@@ -284,3 +284,27 @@ def test_room_goes_to_who_came_first_whichever_router_it_waits_at() -> None:
     assert one.ttft.quantile_s(0.5) > 2.0, "they wait"
     for share in (0.5, 0.9, 1.0):
         assert four.ttft.quantile_s(share) == pytest.approx(one.ttft.quantile_s(share), rel=0.05)
+
+
+def test_a_router_that_begins_in_an_overload_lets_in_as_much_as_others_do() -> None:
+    """What others have learned by then holds there too: they foresee more of a load than comes."""
+    layout, begins_s = Layout(PROFILE, 0, 1), 40.0
+    dice = Random(1)
+    requests = [TracedRequest(n / 25, 4000, 50) for n in range(2000)]
+    routers = [dice.randrange(2) if each.arrival_s >= begins_s else 1 for each in requests]
+    let_in = [0, 0]
+
+    def end(ended: Ended) -> None:
+        number = int(ended.key.partition(":")[2])
+        if requests[number].arrival_s >= begins_s:
+            let_in[routers[number]] += 1
+
+    placements = [POLICIES["baton"](setup_of(layout, router=n), SLO) for n in range(2)]
+    cluster = Cluster(layout, placements, end, promises=Promises(SLO.ttft_s, SLO.tpot_s))
+    remaining = iter(routers)
+    cluster.router_of = lambda _: next(remaining)
+    cluster.run(requests)
+    late = routers[sum(each.arrival_s < begins_s for each in requests) :]
+    shares = [let_in[router] / late.count(router) for router in range(2)]
+    assert shares[1] < 0.75, "it is an overload"
+    assert shares[0] > 0.75 * shares[1]

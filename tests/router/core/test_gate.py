@@ -72,19 +72,21 @@ class Bench:
 
     def foreseen(self, expected: Expected) -> Foreseen:
         """As of one that is let in now."""
-        return Foreseen(expected, self.gate.ttft_factor.value, self.gate.tpot_factor.value)
+        return Foreseen(
+            expected, self.gate.ttft_margin.factor.value, self.gate.tpot_margin.factor.value
+        )
 
     def learn(self, expected: Expected, ttft_s: float, tpot_s: float) -> None:
         self.tell(self.foreseen(expected), ttft_s, tpot_s)
 
     def tell(self, foreseen: Foreseen, ttft_s: float, tpot_s: float) -> None:
         """It was measured."""
-        self.gate.learn_first_token(foreseen, NO_TERMS, ttft_s)
+        self.gate.learn_first_token(self.now_s, foreseen, NO_TERMS, ttft_s)
         ended = Ended(
             key(), End.COMPLETE, "", 100, time_to_first_token_s=ttft_s,
             time_per_output_token_s=tpot_s,
         )  # fmt: skip
-        self.gate.learn(foreseen, NO_TERMS, ended)
+        self.gate.learn(self.now_s, foreseen, NO_TERMS, ended)
 
 
 def sure(bench: Bench) -> None:
@@ -220,7 +222,7 @@ def test_predictions_that_were_too_short_are_corrected() -> None:
     assert bench.ask() is None
     for _ in range(100):
         bench.learn(Expected(1.5, 0.01, 0.1, 0.01, 100.0), 2.1, 0.01)
-    assert bench.gate.ttft_factor.value == pytest.approx(2.0 / 1.4, rel=0.01)
+    assert bench.gate.ttft_margin.factor.value == pytest.approx(2.0 / 1.4, rel=0.01)
     assert bench.ask() is not None
 
 
@@ -245,8 +247,8 @@ def test_what_it_was_off_by_counts_as_it_was_when_the_request_was_let_in() -> No
             at_once.tell(let_in(at_once), ttft_s, tpot_s)
             waited.tell(before, ttft_s, tpot_s)
     for late, soon in (
-        (waited.gate.ttft_factor, at_once.gate.ttft_factor),
-        (waited.gate.tpot_factor, at_once.gate.tpot_factor),
+        (waited.gate.ttft_margin.factor, at_once.gate.ttft_margin.factor),
+        (waited.gate.tpot_margin.factor, at_once.gate.tpot_margin.factor),
     ):
         assert late.value == soon.value
         assert late.spread > 1.1 * soon.spread
@@ -257,36 +259,38 @@ def test_twenty_that_others_are_served_with_do_not_change_what_is_foreseen_by_mu
     sure(bench)
     for _ in range(20):
         bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 0.8, 0.025)
-    assert bench.gate.ttft_factor.value > 0.85
-    assert bench.gate.tpot_factor.value > 0.85
+    assert bench.gate.ttft_margin.factor.value > 0.85
+    assert bench.gate.tpot_margin.factor.value > 0.85
 
 
 def test_its_caution_follows_what_becomes_of_those_that_are_let_in() -> None:
     bench = Bench()
-    first = bench.gate.ttft_caution.spreads
+    first = bench.gate.ttft_margin.caution.spreads
     for _ in range(20):
         bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 2.1, 0.04)
-    assert bench.gate.ttft_caution.spreads > first + 0.3
-    assert bench.gate.tpot_caution.spreads < first, "each latency by itself"
+    assert bench.gate.ttft_margin.caution.spreads > first + 0.3
+    assert bench.gate.tpot_margin.caution.spreads < first, "each latency by itself"
     few = round(LATE_SHARE * 10_000)
-    before = bench.gate.ttft_caution.spreads
+    before = bench.gate.ttft_margin.caution.spreads
     for number in range(10_000):
         late = number % (10_000 // few) == 0
         bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 2.1 if late else 1.0, 0.04)
-    assert bench.gate.ttft_caution.spreads == pytest.approx(before, abs=0.03), "as few as asked for"
+    assert bench.gate.ttft_margin.caution.spreads == pytest.approx(before, abs=0.03), (
+        "as few as asked for"
+    )
     for _ in range(30_000):
         bench.learn(Expected(1.5, 0.04, 0.1, 0.01, 100.0), 1.0, 0.04)
-    assert bench.gate.ttft_caution.spreads == LEAST
+    assert bench.gate.ttft_margin.caution.spreads == LEAST
 
 
 @pytest.mark.parametrize("alone_s", [2.1, 50.0])
 def test_its_caution_is_not_for_those_that_no_margin_keeps_out(alone_s: float) -> None:
     bench = Bench()
-    before = bench.gate.ttft_caution.spreads
+    before = bench.gate.ttft_margin.caution.spreads
     for _ in range(1000):
         bench.learn(Expected(alone_s, 0.04, alone_s, 0.01, 100.0), alone_s, 0.04)
         bench.learn(Expected(1.05, 0.04, 1.0, 0.01, 100.0), 2.1, 0.04)
-    assert bench.gate.ttft_caution.spreads == before
+    assert bench.gate.ttft_margin.caution.spreads == before
 
 
 @pytest.mark.parametrize(
@@ -302,58 +306,68 @@ def test_who_gave_up_later_than_promised_was_late(
     end: End, fault: Fault | None, waited_s: float, late: bool
 ) -> None:
     bench = Bench()
-    before = bench.gate.ttft_caution.spreads
+    before = bench.gate.ttft_margin.caution.spreads
     ended = Ended(key(), end, "", 0, duration_s=waited_s, fault=fault)
-    bench.gate.learn(bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS, ended)
-    after = bench.gate.ttft_caution.spreads
+    bench.gate.learn(
+        bench.now_s, bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS, ended
+    )
+    after = bench.gate.ttft_margin.caution.spreads
     assert after > before if late else after == before
-    assert bench.gate.ttft_factor.observations == 0, "nobody knows when it would have come"
+    assert bench.gate.ttft_margin.factor.observations == 0, "nobody knows when it would have come"
 
 
 def test_who_was_put_behind_was_late_once() -> None:
     bench = Bench()
-    before = bench.gate.ttft_caution.spreads
+    before = bench.gate.ttft_margin.caution.spreads
     left = bench.gate.learn_late(bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS)
-    after = bench.gate.ttft_caution.spreads
+    after = bench.gate.ttft_margin.caution.spreads
     assert after > before
     bench.tell(left, ttft_s=30.0, tpot_s=0.04)
-    bench.gate.learn(left, NO_TERMS, Ended(key(), End.CANCELLED, "", 0, duration_s=30.0))
-    assert bench.gate.ttft_caution.spreads == after
-    assert bench.gate.ttft_factor.observations == 0, "its wait tells nothing of the load"
-    assert bench.gate.tpot_factor.observations == 1
+    bench.gate.learn(
+        bench.now_s, left, NO_TERMS, Ended(key(), End.CANCELLED, "", 0, duration_s=30.0)
+    )
+    assert bench.gate.ttft_margin.caution.spreads == after
+    assert bench.gate.ttft_margin.factor.observations == 0, "its wait tells nothing of the load"
+    assert bench.gate.tpot_margin.factor.observations == 1
 
 
 def test_who_was_put_behind_was_late_once_even_if_all_of_it_was_cached() -> None:
     bench = Bench()
     left = bench.gate.learn_late(bench.foreseen(Expected(1.5, 0.04, 0.0, 0.01, 100.0)), NO_TERMS)
-    after = bench.gate.ttft_caution.spreads
+    after = bench.gate.ttft_margin.caution.spreads
     bench.tell(left, ttft_s=30.0, tpot_s=0.04)
-    assert bench.gate.ttft_caution.spreads == after
+    assert bench.gate.ttft_margin.caution.spreads == after
 
 
 def test_nobody_learns_from_who_was_put_behind_and_late_all_alone() -> None:
     bench = Bench()
-    before = bench.gate.ttft_caution.spreads
+    before = bench.gate.ttft_margin.caution.spreads
     bench.gate.learn_late(bench.foreseen(Expected(2.5, 0.04, 2.5, 0.01, 100.0)), NO_TERMS)
-    assert bench.gate.ttft_caution.spreads == before
+    assert bench.gate.ttft_margin.caution.spreads == before
 
 
 def test_who_left_teaches_nothing_of_later_tokens() -> None:
     bench = Bench()
-    before = bench.gate.tpot_caution.spreads
+    before = bench.gate.tpot_margin.caution.spreads
     ended = Ended(
         key(), End.CANCELLED, "", 2, time_to_first_token_s=2.1, time_per_output_token_s=0.5
     )
-    bench.gate.learn(bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS, ended)
-    assert bench.gate.tpot_factor.observations == 0
-    assert bench.gate.tpot_caution.spreads == before
+    bench.gate.learn(
+        bench.now_s, bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS, ended
+    )
+    assert bench.gate.tpot_margin.factor.observations == 0
+    assert bench.gate.tpot_margin.caution.spreads == before
 
 
 def test_what_is_far_from_what_was_promised_tells_nothing() -> None:
     bench = Bench()
     for _ in range(100):
         bench.learn(Expected(0.05, 0.011, 0.01, 0.01, 100.0), 0.1, 0.01)
-    assert bench.gate.ttft_factor.observations == bench.gate.tpot_factor.observations == 0
+    assert (
+        bench.gate.ttft_margin.factor.observations
+        == bench.gate.tpot_margin.factor.observations
+        == 0
+    )
 
 
 def test_however_wrong_it_was_it_can_be_unlearned() -> None:

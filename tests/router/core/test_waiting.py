@@ -153,7 +153,7 @@ def test_one_that_would_be_late_on_its_worker_lets_others_go_and_the_gate_knows_
         bench.now_s += 0.5
     bench.now_s += 0.7
     # 1.7 s have passed of its 2: what its worker has before it takes too long.
-    caution = bench.core.moves.gate.ttft_caution
+    caution = bench.core.moves.gate.ttft_margin.caution
     before = caution.spreads
     assert submitted(bench.step("d", output(1, 0, [1], request_id="first"))) == ["soon"]
     after = caution.spreads
@@ -184,7 +184,7 @@ def test_who_is_late_while_no_worker_is_there_tells_nothing_of_the_load() -> Non
     bench.policy.expected = Expected(1.5, 0.04, 0.1, 0.01, 100.0)
     for name in ("first", "a", "b", "c"):
         bench.come(name)
-    caution = bench.core.moves.gate.ttft_caution
+    caution = bench.core.moves.gate.ttft_margin.caution
     before = caution.spreads
     bench.dead("d")
     for _ in range(20):
@@ -200,17 +200,17 @@ def test_a_stop_string_teaches_as_an_end_does(edge_first: bool) -> None:
     bench.policy.expected = Expected(1.5, 0.04, 0.1, 0.01, 100.0)
     bench.come("a")
     gate = bench.core.moves.gate
-    before = gate.ttft_caution.spreads, gate.tpot_caution.spreads
+    before = gate.ttft_margin.caution.spreads, gate.tpot_margin.caution.spreads
     bench.now_s += 2.5
     bench.step("d", output(1, 0, [1, 2, 3]))
-    assert gate.ttft_caution.spreads > before[0], "it was late, as is known at once"
+    assert gate.ttft_margin.caution.spreads > before[0], "it was late, as is known at once"
     orderly = EdgeEnded(TicketId("a"), "200", "--")
     for event in [orderly, RequestAborted(key())][:: 1 if edge_first else -1]:
         assert bench.policy.stopped_after == []
         bench.feed(event)
     assert bench.policy.stopped_after == [3]
-    assert gate.ttft_factor.observations == 1
-    assert gate.tpot_caution.spreads != before[1], "its distances are known by now"
+    assert gate.ttft_margin.factor.observations == 1
+    assert gate.tpot_margin.caution.spreads != before[1], "its distances are known by now"
 
 
 def test_one_that_waits_can_be_aborted() -> None:

@@ -39,11 +39,12 @@ from router.core.events import (
     SnapshotTaken,
     StepReported,
     Submit,
+    TellLearned,
     TellQueued,
 )
 from tests.router.core.driving import TICKET, Drive, demand, key
 
-ToWorker: TypeAlias = Submit | TellQueued | AbortOn | Forget | Resend
+ToWorker: TypeAlias = Submit | TellQueued | TellLearned | AbortOn | Forget | Resend
 
 
 @dataclass
@@ -82,6 +83,8 @@ class FakeWorker:
             return
         if isinstance(command, TellQueued):
             assert (command.queued.requests == 0) == (command.queued == NOTHING_QUEUED)
+            return
+        if isinstance(command, TellLearned):
             return
         kept = self.kept.get((command.key, command.attempt))
         if kept is None:
