@@ -17,6 +17,7 @@ With `--picture` both are drawn over time.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,12 +85,17 @@ class Pools:
         )  # fmt: skip
 
     def correlation(self) -> float:
-        """Pearson's, between the pools."""
+        """Pearson's, between the pools; none (nan) where one of them stands still."""
+        if any(len(set(each)) < 2 for each in self.columns()):
+            return math.nan
         return statistics.correlation(self.prefill, self.decode)
 
     def swings(self) -> tuple[float, float]:
         """Standard deviation over mean, of each."""
-        swing = [statistics.pstdev(each) / statistics.mean(each) for each in self.columns()]
+        swing = [
+            statistics.pstdev(each) / statistics.mean(each) if any(each) else 0.0
+            for each in self.columns()
+        ]
         return swing[0], swing[1]
 
     def columns(self) -> tuple[list[float], list[float]]:

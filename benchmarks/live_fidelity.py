@@ -3,11 +3,10 @@
 The same requests (8 groups whose prompts begin alike, Poisson arrivals, seeded lengths) go to a
 `baton serve` over HTTP, open loop and streamed, and to the simulated cluster, with the same
 placement on both sides: the default one with simulated engines, with real ones one that hands every
-request over where there are two. What clients see
-is compared: time to first token (TTFT), mean time between later tokens of a request (TPOT), and the
-share of prompt tokens that were cached where their prompts were computed. Each run has an instance
-and a seed of its own; differences are simulated against live, pair by pair; tables show medians
-(smallest to largest) over the pairs.
+request over where there are two. What clients see is compared: time to first token (TTFT), mean
+time between later tokens of a request (TPOT), and the share of prompt tokens that were cached where
+their prompts were computed. Each run has an instance and a seed of its own; differences are
+simulated against live, pair by pair; tables show medians (smallest to largest) over the pairs.
 
 What simulated engines take the simulation is told. Of real ones it is measured, in each run's own
 instance, before the load and after it: their steps' costs, what waking takes, and as many times as

@@ -142,10 +142,9 @@ class RouterSection(_Section):
         min_length=1,
         description="Step times that `joint` starts from: a built-in profile, e.g. "
         "`llama-3.1-8b-h100`, or a YAML or JSON file with all keys of `simulated`, by their names "
-        "alone. Without one, "
-        "they follow from the model's constants and those of the GPU that Ray reports (of several, "
-        "the slowest; one that is not known counts as an H100), and simulated engines' are known. "
-        "What engines do corrects them.",
+        "alone. Without one, they follow from the model's constants and those of the GPU that Ray "
+        "reports (of several, the slowest; one that is not known counts as an H100), and simulated "
+        "engines' are known. What engines do corrects them.",
     )
     local_prefill_max_tokens: int = Field(
         default=32,

@@ -50,6 +50,9 @@ def show(story: Json, console: Console) -> None:
     asked = datetime.fromtimestamp(story["asked_at"]).astimezone()
     what = " ".join(part for part in (story["method"], story["path"]) if part)
     _line(console, f"{story['id']}  {what or 'without a ticket'}  {asked:%Y-%m-%d %H:%M:%S %Z}")
+    if story["refusal"] is not None:
+        _show_refusal(story["refusal"], console)
+        return
     requests = story["requests"]
     count = "" if len(requests) == 1 else f"; {len(requests)} engine requests"
     _line(console, edge_sentence(story["edge"]) + count)
@@ -58,6 +61,29 @@ def show(story: Json, console: Console) -> None:
     for request in requests:
         _line(console, "")
         _show_request(request, console)
+
+
+def _show_refusal(refusal: Json, console: Console) -> None:
+    _line(console, f"refused with status {refusal['status']}: {refusal['message']}")
+    grounds = refusal["grounds"]
+    if grounds is None:
+        return
+    _line(
+        console,
+        f"  guessed from its body: {grounds['prompt_tokens']:,} prompt tokens; expected: "
+        f"{grounds['output_tokens']:,.0f} output tokens",
+    )
+    _line(
+        console,
+        f"  to go before it: {grounds['requests_before']:,.0f} requests, whose prompts take "
+        f"{duration(grounds['work_before_s'])} on one engine",
+    )
+    table = _table("", "alone", "predicted", "with the margin", "promised")
+    for latency in ("ttft", "tpot"):
+        seen = grounds[latency]
+        values = ("alone_s", "predicted_s", "at_most_s", "promised_s")
+        table.add_row(_PREDICTED[f"{latency}_s"], *(value_of(each, seen[each]) for each in values))
+    console.print(table)
 
 
 def _show_request(request: Json, console: Console) -> None:

@@ -132,7 +132,8 @@ def answer_line(answer: Answer) -> bytes:
     retry_after = "-" if answer.retry_after_s is None else answer.retry_after_s
     # One line: what engines say may hold several.
     message = " ".join(answer.message.split())
-    return f"{answer.status}\t{retry_after}\t{message}\n".encode()
+    # Fields are parted by tabs, which a message has none of.
+    return f"{answer.status}\t{retry_after}\t{message}\t{answer.ticket or '-'}\n".encode()
 
 
 class TicketConnection(asyncio.Protocol):

@@ -144,11 +144,8 @@ class Cluster:
             fetches_prefixes=True,
         )
         self.routers = [RouterCore(settings, placement) for placement in placements]
-        self._placements, self._promises = placements, promises
-        self._views = [
-            View(each.pool, each.moves.index, layout.block_tokens, layout.prefill > 0, 0)
-            for each in self.routers
-        ]
+        self._refusing = [each if isinstance(each, Refusing) else None for each in placements]
+        self._slo = Slo(promises.ttft_s or math.inf, promises.tpot_s or math.inf)
         manifests: dict[bytes, dict[str, object]] = {}
         names = [(Role.PREFILL, n) for n in range(layout.prefill)]
         names += [(Role.DECODE, n) for n in range(layout.decode)]
@@ -244,11 +241,10 @@ class Cluster:
         return round(request.input_tokens * _BYTES_PER_TOKEN * self._bodies.lognormvariate(0, 0.15))
 
     def _policy_refuses(self, router: int, shape: Shape) -> bool:
-        policy, view, promised = self._placements[router], self._views[router], self._promises
-        if not isinstance(policy, Refusing):
+        policy = self._refusing[router]
+        if policy is None:
             return False
-        slo = Slo(promised.ttft_s or math.inf, promised.tpot_s or math.inf)
-        return policy.refuses(self.now_s, view, shape, slo)
+        return policy.refuses(self.now_s, self.routers[router].moves.view, shape, self._slo)
 
     def _refused(self, key: RequestKey) -> None:
         self.under_way -= 1

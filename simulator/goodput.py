@@ -10,9 +10,8 @@ from protos.errors import ConfigError
 LONGEST_STEP: Final = 2.0
 """From a rate to the next while neither end is known; the first is about twice as long as the
 search is fine, for a start that is nearly right."""
-
-
 MOST_RPS: Final = 1e6
+"""Nobody asks for more: a search that finds it would not end."""
 
 
 def highest_rate(

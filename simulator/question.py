@@ -9,7 +9,6 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -240,7 +239,7 @@ def _alone_s(profile: EngineProfile, requests: Sequence[TracedRequest]) -> Slo:
     known: set[int] = set()
     for request in requests:
         prompt, token = StepWork(), StepWork()
-        blocks = sum(1 for _ in takewhile(known.__contains__, request.block_ids))
+        blocks = sum(1 for _ in itertools.takewhile(known.__contains__, request.block_ids))
         known.update(request.block_ids)
         cached_tokens = min(blocks * BLOCK_TOKENS, request.input_tokens - 1)
         prompt.add_prefill(request.input_tokens - cached_tokens, cached_tokens)

@@ -437,6 +437,31 @@ class TicketGranted:
     ticket: TicketId
 
 
+class Outlook(NamedTuple):
+    """A latency that a request would have had."""
+
+    promised_s: float | None
+    alone_s: float
+    """If no other request were there."""
+    predicted_s: float
+    at_most_s: float
+    """With the margin for what predictions are off by: this is held against what was promised."""
+
+
+class Grounds(NamedTuple):
+    """What a request was refused on."""
+
+    prompt_tokens: int
+    """As guessed from its body."""
+    output_tokens: float
+    """As expected."""
+    requests_before: float
+    work_before_s: float
+    """Of their prompts, on one engine: what waits, or was let in and has not arrived."""
+    ttft: Outlook
+    tpot: Outlook
+
+
 @dataclass(frozen=True, slots=True)
 class TicketRefused:
     """Answer of a TicketAsked."""
@@ -444,6 +469,10 @@ class TicketRefused:
     status: int
     retry_after_s: int | None
     message: str
+    ticket: TicketId | None = None
+    """By which it can be asked for; None if it is not kept."""
+    grounds: Grounds | None = None
+    """None if nothing was predicted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,9 @@ from router.core.events import (
     End,
     Ended,
     Fault,
+    Grounds,
     LearnedElsewhere,
+    Outlook,
     Priority,
     Shape,
     Terms,
@@ -30,7 +32,7 @@ from router.core.events import (
 )
 from router.core.placement import Expected, Placement, View
 from router.core.prompt_sizes import PromptSizes
-from router.core.shared_margin import Known, Learned, SharedMargin
+from router.core.shared_margin import Learned, SharedMargin
 
 SURER: Final = {Priority.HIGH: -0.75, Priority.NORMAL: 0.0, Priority.LOW: 1.25}
 """By how many spreads (standard deviations of the logarithm) more than for others a prediction must
@@ -134,29 +136,28 @@ class Gate:
         expected = self._placement.expect(now_s, self._view, shape, before)
         if expected is None:
             return None
-        known = self.ttft_margin.known(now_s), self.tpot_margin.known(now_s)
-        refusal = self._refusal(expected, promised, *known, SURER[terms.priority])
-        if refusal is None:
-            foreseen = Foreseen(expected, *(each.factor for each in known))
-            let_in = LetIn(now_s + ARRIVES_WITHIN_S, guess.tokens, foreseen)
-            self._coming[asked.ticket] = let_in
-            self._coming_s += let_in.prefill_s
-        return refusal
-
-    def _refusal(
-        self, expected: Expected, promised: Promises, ttft_known: Known, tpot_known: Known,
-        surer: float,
-    ) -> TicketRefused | None:  # fmt: skip
+        ttft_known, tpot_known = self.ttft_margin.known(now_s), self.tpot_margin.known(now_s)
+        surer = SURER[terms.priority]
         ttft = _Load(expected.ttft_s, expected.alone_ttft_s, promised.ttft_s)
         tpot = _Load(expected.tpot_s, expected.alone_tpot_s, promised.tpot_s)
         ttft_s = ttft.at_most_s(ttft_known.times(surer))
         tpot_s = tpot.at_most_s(tpot_known.times(surer))
         if ttft.is_too_much(ttft_s):
-            return _refuse("first token would come after", ttft, ttft_s, 1.0)
-        if tpot.is_too_much(tpot_s):
+            too_late = _TooLate("first token would come after", ttft, ttft_s, 1.0)
+        elif tpot.is_too_much(tpot_s):
             # As many must end first as make steps too long.
-            return _refuse("tokens would be apart by", tpot, tpot_s, expected.output_tokens)
-        return None
+            too_late = _TooLate("tokens would be apart by", tpot, tpot_s, expected.output_tokens)
+        else:
+            foreseen = Foreseen(expected, ttft_known.factor, tpot_known.factor)
+            let_in = LetIn(now_s + ARRIVES_WITHIN_S, guess.tokens, foreseen)
+            self._coming[asked.ticket] = let_in
+            self._coming_s += let_in.prefill_s
+            return None
+        grounds = Grounds(
+            guess.tokens, expected.output_tokens, before.requests, before.work_s,
+            ttft.outlook(ttft_s), tpot.outlook(tpot_s),
+        )  # fmt: skip
+        return TicketRefused(429, too_late.retry_s, too_late.message, asked.ticket, grounds)
 
     def arrived(
         self, now_s: float, ticket: TicketId | None, terms: Terms, prompt_tokens: int
@@ -293,6 +294,9 @@ class _Load(NamedTuple):
     def at_most_s(self, times: float) -> float:
         return self.alone_s + min(LARGEST_MARGIN, times) * self.s
 
+    def outlook(self, at_most_s: float) -> Outlook:
+        return Outlook(self.promised_s, self.alone_s, self.expected_s, at_most_s)
+
     def is_too_much(self, at_most_s: float) -> bool:
         """Where there is none nothing is refused: its client would gain nothing by coming later."""
         if self.promised_s is None or self.is_idle:
@@ -311,12 +315,25 @@ def _learn(now_s: float, load: _Load, measured_s: float, margin: SharedMargin, u
         margin.observe(now_s, measured_s - load.alone_s, load.s, used=used)
 
 
-def _refuse(what: str, load: _Load, at_most_s: float, times: float) -> TicketRefused:
-    assert load.promised_s is not None
-    late_s = times * (at_most_s - load.promised_s)
-    retry_s = min(LONGEST_RETRY_S, max(1, math.ceil(late_s)))
-    message = (
-        f"Its {what} about {at_most_s:.3g} s, and {load.promised_s:.3g} s were promised; "
-        f"try again in {retry_s} s."
-    )
-    return TicketRefused(429, retry_s, message)
+class _TooLate(NamedTuple):
+    """Why a request is not let in."""
+
+    what: str
+    load: _Load
+    at_most_s: float
+    times: float
+    """How often as much as it is too late by must pass until it would not be."""
+
+    @property
+    def retry_s(self) -> int:
+        """When it may be."""
+        late_s = self.times * (self.at_most_s - (self.load.promised_s or 0.0))
+        return min(LONGEST_RETRY_S, max(1, math.ceil(late_s)))
+
+    @property
+    def message(self) -> str:
+        """For its client."""
+        return (
+            f"Its {self.what} about {self.at_most_s:.3g} s, and {self.load.promised_s:.3g} s were "
+            f"promised; try again in {self.retry_s} s."
+        )

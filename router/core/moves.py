@@ -71,11 +71,11 @@ class Moves:
         self._settings = settings
         self._placement = placement
         self.index = KvIndex(settings.index_entries)
-        self._view = View(
+        self.view = View(
             pool, self.index, settings.index_block_tokens, settings.expect_prefill,
             settings.local_prefill_max_tokens,
         )  # fmt: skip
-        self.gate = Gate(settings.promises, placement, self._view, self.backlog, self.elsewhere)
+        self.gate = Gate(settings.promises, placement, self.view, self.backlog, self.elsewhere)
 
     # Placing and submitting
 
@@ -159,7 +159,7 @@ class Moves:
                 return True
             fetchable = bool(request.manifest)
             shape = replace(shape, output_tokens=request.position, fetchable=fetchable)
-        decision = self._placement.place(now_s, self._view, request.key, shape)
+        decision = self._placement.place(now_s, self.view, request.key, shape)
         if decision is None:
             if request.position:
                 self.stranded[request.key] = request
@@ -173,6 +173,11 @@ class Moves:
             self.backlog.charge(request.waits.tenant, shape.prompt_tokens)
         self._carry_out(now_s, request, decision)
         return True
+
+    def adopt(self, now_s: float, request: Request, engagement: Engagement) -> None:
+        """A former router had placed it there, and there it goes on."""
+        shape = replace(request.shape, output_tokens=engagement.next_position)
+        self._placement.adopted(now_s, request.key, engagement.worker, shape)
 
     def _waits_no_more(self, request: Request) -> None:
         self.backlog.remove(request.key)
@@ -387,11 +392,6 @@ class Moves:
             tokens, cached = map(sum, zip(*uses, strict=True))
             kind = kind_of(story.terms, story.path)
             self.gate.sizes.observe(kind, story.terms.body_bytes, tokens, cached)
-
-    def adopt(self, now_s: float, request: Request, engagement: Engagement) -> None:
-        """A former router had placed it there, and there it goes on."""
-        shape = replace(request.shape, output_tokens=engagement.next_position)
-        self._placement.adopted(now_s, request.key, engagement.worker, shape)
 
     # Loss
 

@@ -12,7 +12,16 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from protos.ids import RequestKey, TicketId, WorkerId
-from router.core.events import NO_TERMS, EdgeEnded, End, Fault, PromptUse, Terms, TicketAsked
+from router.core.events import (
+    NO_TERMS,
+    EdgeEnded,
+    End,
+    Fault,
+    PromptUse,
+    Terms,
+    TicketAsked,
+    TicketRefused,
+)
 from router.core.hindsight import Decided, Measured, Ratios
 from router.core.placement import Decision
 
@@ -20,6 +29,8 @@ TICKET_PATTERN: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{38,83}(?![0-9a-f])")
 """A ticket id, within the ids that fronts make of it: `cmpl-TICKET-0`, `chatcmpl-TICKET`."""
 
 
+REFUSED_SHARE: Final = 0.1
+"""As many refusals are kept, of as many stories."""
 WITHOUT_ENGINE: Final = frozenset(("/tokenize", "/detokenize", "/v1/messages/count_tokens"))
 """Fronts answer these by themselves: there will be nothing to tell."""
 
@@ -164,6 +175,8 @@ class TicketStory:
     path: str = ""
     terms: Terms = NO_TERMS
     edge_end: EdgeEnded | None = None
+    refused: TicketRefused | None = None
+    """Then nothing else came of it."""
     requests: list[Record] = field(default_factory=list)
 
     @property
@@ -192,8 +205,25 @@ class TicketStory:
                 "status": self.edge_end.status if self.edge_end else "",
                 "termination": self.edge_end.termination if self.edge_end else "",
             },
+            "refusal": None if self.refused is None else _refusal_as_json(self.refused),
             "requests": [record.as_json(wall_offset_s) for record in self.requests],
         }
+
+
+def _refusal_as_json(refused: TicketRefused) -> dict[str, Any]:
+    grounds = refused.grounds
+    return {
+        "status": refused.status,
+        "retry_after_s": refused.retry_after_s,
+        "message": refused.message,
+        "grounds": None
+        if grounds is None
+        else {
+            **grounds._asdict(),
+            "ttft": grounds.ttft._asdict(),
+            "tpot": grounds.tpot._asdict(),
+        },
+    }
 
 
 class RecordBook:
@@ -202,11 +232,21 @@ class RecordBook:
     def __init__(self, kept: int) -> None:
         self._kept = kept
         self._stories: OrderedDict[str, TicketStory] = OrderedDict()
+        self._refused: OrderedDict[str, TicketStory] = OrderedDict()
+        """Apart, so that a flood of refusals leaves what was served."""
 
     def open_ticket(self, now_s: float, asked: TicketAsked) -> None:
         """The edge was given a ticket."""
         if asked.path not in WITHOUT_ENGINE:
             self._add(TicketStory(asked.ticket, now_s, asked.method, asked.path, asked.terms))
+
+    def refuse(self, now_s: float, asked: TicketAsked, refused: TicketRefused) -> None:
+        """It was not let in."""
+        self._refused[asked.ticket] = TicketStory(
+            asked.ticket, now_s, asked.method, asked.path, asked.terms, refused=refused
+        )
+        if len(self._refused) > self._kept * REFUSED_SHARE:
+            self._refused.popitem(last=False)
 
     def add(self, ticket: TicketId | None, record: Record, terms: Terms) -> TicketStory:
         """A request came with this ticket, or without a valid one. The terms count if the ticket
@@ -229,7 +269,8 @@ class RecordBook:
     def find(self, text: str) -> TicketStory | None:
         """By ticket id, by a response id made of one, or by request key."""
         match = TICKET_PATTERN.search(text)
-        return self._stories.get(match.group() if match else text)
+        name = match.group() if match else text
+        return self._stories.get(name) or self._refused.get(name)
 
     def _add(self, story: TicketStory) -> None:
         self._stories[story.id] = story

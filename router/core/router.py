@@ -176,21 +176,25 @@ class RouterCore:
             self.moves.front_lost(now_s, request)
 
     def _ticket_asked(self, now_s: float, event: TicketAsked) -> Command:
-        if not self.pool.any_usable and not self._worker_may_come(now_s):
+        refused = self._refused(now_s, event)
+        if refused is not None:
             self.moves.counts.refused_tickets += 1
-            return TicketRefused(503, RETRY_AFTER_S, "No worker can serve the request now.")
-        if len(self.moves.requests) >= self.settings.max_requests:
-            self.moves.counts.refused_tickets += 1
-            message = f"{self.settings.max_requests} requests are under way; try again later."
-            return TicketRefused(429, BUSY_RETRY_AFTER_S, message)
-        if event.path not in WITHOUT_ENGINE:
-            refused = self.moves.gate.ask(now_s, event)
-            if refused is not None:
-                self.moves.counts.refused_tickets += 1
-                return refused
+            self.book.refuse(now_s, event, refused)
+            return refused
         self.moves.counts.tickets += 1
         self.book.open_ticket(now_s, event)
         return TicketGranted(event.ticket)
+
+    def _refused(self, now_s: float, event: TicketAsked) -> TicketRefused | None:
+        if not self.pool.any_usable and not self._worker_may_come(now_s):
+            message = "No worker can serve the request now."
+            return TicketRefused(503, RETRY_AFTER_S, message, event.ticket)
+        if len(self.moves.requests) >= self.settings.max_requests:
+            message = f"{self.settings.max_requests} requests are under way; try again later."
+            return TicketRefused(429, BUSY_RETRY_AFTER_S, message, event.ticket)
+        if event.path in WITHOUT_ENGINE:
+            return None
+        return self.moves.gate.ask(now_s, event)
 
     def _worker_may_come(self, now_s: float) -> bool:
         """One that a request may wait for: its link is broken, or this router has just started."""

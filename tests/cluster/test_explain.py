@@ -20,13 +20,17 @@ from protos.ids import Incarnation, WorkerId
 from router.core.events import (
     EdgeEnded,
     Finish,
+    Grounds,
+    Outlook,
     PromptUse,
     RequestArrived,
     Role,
     TicketAsked,
+    TicketRefused,
     WorkerUp,
 )
 from router.core.placement import Reason
+from router.core.records import RecordBook, TicketStory
 from router.live_core import Origin, make_core
 from router.recorder import Recorder
 from tests.router.core.driving import SETTINGS, TICKET, Drive, demand, key, output
@@ -35,7 +39,10 @@ from tests.router.core.test_hindsight import foretold, told_by
 
 def story_of(drive: Drive) -> dict[str, Any]:
     """As it comes over HTTP."""
-    story = drive.core.book.find(TICKET)
+    return told_of(drive.core.book.find(TICKET))
+
+
+def told_of(story: TicketStory | None) -> dict[str, Any]:
     assert story is not None
     told: dict[str, Any] = json.loads(json.dumps(story.as_json(1.7e9)))
     return told
@@ -70,6 +77,27 @@ def handed_over() -> dict[str, Any]:
     drive.step("d1", output(2, 2, [3], finish=Finish.LENGTH))
     drive.feed(EdgeEnded(TICKET, "200", "--"))
     return story_of(drive)
+
+
+def test_one_that_was_not_let_in() -> None:
+    book, asked = RecordBook(100), TicketAsked(TICKET, "POST", "/v1/completions")
+    ttft, tpot = Outlook(2.0, 0.3, 2.4, 3.1), Outlook(None, 0.005, 0.0112, 0.0123)
+    grounds = Grounds(4000, 120.0, 37.6, 5.25, ttft, tpot)
+    book.refuse(100.0, asked, TicketRefused(429, 2, "Its first token would …", TICKET, grounds))
+    text = shown(told_of(book.find(TICKET)))
+    assert "refused with status 429: Its first token would …" in text
+    assert "guessed from its body: 4,000 prompt tokens; expected: 120 output tokens" in text
+    assert "to go before it: 38 requests, whose prompts take 5.25 s on one engine" in text
+    (row,) = [line.split("  ") for line in text.splitlines() if "time to first token" in line]
+    assert [cell.strip() for cell in row if cell.strip()][1:] == ["300 ms", "2.4 s", "3.1 s", "2 s"]
+    (row,) = [line.split() for line in text.splitlines() if "per output token" in line]
+    assert row[4:] == ["5", "ms", "11.2", "ms", "12.3", "ms", "-"]
+
+
+def test_one_that_nobody_could_serve() -> None:
+    book, asked = RecordBook(100), TicketAsked(TICKET, "POST", "/v1/completions")
+    book.refuse(100.0, asked, TicketRefused(503, 5, "No worker can serve it.", TICKET))
+    assert "refused with status 503: No worker can serve it." in shown(told_of(book.find(TICKET)))
 
 
 def test_a_request_that_was_handed_over(handed_over: dict[str, Any]) -> None:

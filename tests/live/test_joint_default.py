@@ -58,6 +58,9 @@ def test_long_prompts_are_split_where_others_decode(tiny_model: object) -> None:
         # A step takes 6 ms and more with each request in it.
         assert "0.007 s were promised; try again in" in refused.value.message
         assert int(refused.value.response.headers["retry-after"]) >= 1
+        story = serve.get(f"/cluster/requests/{refused.value.response.headers['x-request-id']}")
+        grounds = story["refusal"]["grounds"]
+        assert grounds["tpot"]["at_most_s"] > grounds["tpot"]["promised_s"] == 0.007
         assert (short["reason"], short["prefill"]) == ("whole_costs_less", None)
         assert (long["reason"], str(long["prefill"])[:7]) == ("split_costs_less", "prefill")
         compared = {(each["worker"], each["role"]) for each in long["candidates"]}

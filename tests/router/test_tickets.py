@@ -125,7 +125,7 @@ def test_the_reason_is_that_of_the_first_failure() -> None:
     assert reason_line(story) == b"-\n"
     story.requests.append(failed(Fault.ENGINE, "later", ended_s=2.0))
     story.requests.append(failed(Fault.REFUSED, "Token 9\nis none.", ended_s=1.0))
-    assert reason_line(story) == b"400\t-\tToken 9 is none.\n"
+    assert reason_line(story) == b"400\t-\tToken 9 is none.\t-\n"
     assert reason_line(None) == b"-\n"
 
 
@@ -133,12 +133,14 @@ def test_the_reason_is_that_of_the_first_failure() -> None:
 def test_every_fault_has_a_status(fault: Fault) -> None:
     story = TicketStory("t", 0.0)
     story.requests.append(failed(fault, "why"))
-    status, retry_after, message = reason_line(story).decode().rstrip("\n").split("\t")
+    status, retry_after, message, ticket = reason_line(story).decode().rstrip("\n").split("\t")
     assert 400 <= int(status) < 600
     assert retry_after == "-" or int(retry_after) > 0
-    assert message == "why"
+    assert (message, ticket) == ("why", "-")
 
 
 def test_answers_as_the_edge_reads_them() -> None:
     assert answer_line(TicketGranted(TicketId("abc"))) == b"200\tabc\n"
-    assert answer_line(TicketRefused(429, 1, "Busy.")) == b"429\t1\tBusy.\n"
+    assert answer_line(TicketRefused(429, 1, "Busy.")) == b"429\t1\tBusy.\t-\n"
+    refused = TicketRefused(503, None, "None\tis up.", TicketId("abc"))
+    assert answer_line(refused) == b"503\t-\tNone is up.\tabc\n"

@@ -5,10 +5,10 @@
 -- parted by tabs:
 --   v1  METHOD  PATH  name=value ...        (the headers below that are present)
 --   200  TICKET                             or
---   STATUS  RETRY_AFTER_S or -  MESSAGE
+--   STATUS  RETRY_AFTER_S or -  MESSAGE  TICKET or -
 -- and, when a front failed without telling the client why:
 --   why  TICKET
---   STATUS  RETRY_AFTER_S or -  MESSAGE     or  -
+--   STATUS  RETRY_AFTER_S or -  MESSAGE  -     or  -
 --
 -- Arguments of lua-load: the ticket socket's path, request_body.lua's, tokens of a context, bytes of
 -- a body that are surely seen whole, "fast" if there is a fast front, seconds for which a connection
@@ -63,11 +63,14 @@ local function error_body(anthropic, status, message)
     '{"error":{"message":%s,"type":"%s","param":null,"code":%d}}', message, kind, status)
 end
 
-local function answer_with(txn, anthropic, status, retry_after, message)
+local function answer_with(txn, anthropic, status, retry_after, message, ticket)
   local reply = txn:reply({ status = status, reason = REASONS[status] or "Error" })
   reply:add_header("Content-Type", "application/json")
   if retry_after:match("^%d+$") then
     reply:add_header("Retry-After", retry_after)
+  end
+  if ticket then
+    reply:add_header("X-Request-Id", ticket)
   end
   reply:set_body(error_body(anthropic, status, message))
   txn:done(reply)
@@ -164,18 +167,20 @@ local function is_anthropic(path)
   return path:sub(1, 12) == "/v1/messages"
 end
 
--- The answer if it is a refusal: status, Retry-After or "-", message.
+-- The answer if it is a refusal: status, Retry-After or "-", message, and the ticket by which it can
+-- be asked for, if it was given one.
 local function refusal(answer)
-  local status, retry_after, message = answer:match("^([45]%d%d)\t([^\t]*)\t(.*)$")
-  return tonumber(status), retry_after, message
+  local pattern = "^([45]%d%d)\t([^\t]*)\t([^\t]*)\t([^\t]*)$"
+  local status, retry_after, message, ticket = answer:match(pattern)
+  return tonumber(status), retry_after, message, ticket ~= "-" and ticket or nil
 end
 
 -- Choose the front (txn.front), and get a ticket (txn.ticket) or answer.
 core.register_action("admit", { "http-req" }, function(txn)
   local path, headers = txn.f:path(), txn.http:req_get_headers()
   local text = txn.f:req_body() or ""
-  local function refuse(status, retry_after, message)
-    answer_with(txn, is_anthropic(path), status, retry_after, json_string(message))
+  local function refuse(status, retry_after, message, ticket)
+    answer_with(txn, is_anthropic(path), status, retry_after, json_string(message), ticket)
   end
   local complete = is_complete(text, headers)
   if complete == nil then return refuse(400, "-", "The body ended before its length.") end
@@ -193,9 +198,9 @@ core.register_action("admit", { "http-req" }, function(txn)
     txn:set_var("txn.front", front)
     return txn:set_var("txn.ticket", ticket)
   end
-  local status, retry_after, reason = refusal(answer)
+  local status, retry_after, reason, refused = refusal(answer)
   if not status then return refuse(500, "-", "The router's answer can't be read.") end
-  refuse(status, retry_after, reason)
+  refuse(status, retry_after, reason, refused)
 end)
 
 -- What the fast front answers with status 500 before it has asked an engine.

@@ -17,6 +17,7 @@ from router.core.events import (
     End,
     Ended,
     Fault,
+    Outlook,
     Priority,
     Shape,
     Terms,
@@ -112,10 +113,14 @@ def test_a_first_token_that_would_be_late_is_refused_with_the_numbers() -> None:
     sure(bench)
     bench.oracle.ttft_s = 4.5
     refused = bench.ask()
-    assert refused == TicketRefused(
+    assert refused is not None
+    assert refused.grounds is not None
+    assert replace(refused, grounds=None) == TicketRefused(
         429, 3, "Its first token would come after about 4.5 s, and 2 s were promised; try again in "
-        "3 s.",
+        "3 s.", TicketId("1"),
     )  # fmt: skip
+    assert refused.grounds.ttft == pytest.approx(Outlook(2.0, 0.1, 4.5, 4.5), rel=0.01)
+    assert refused.grounds.tpot.promised_s == 0.05
 
 
 def test_tokens_that_would_be_too_far_apart_are_refused() -> None:

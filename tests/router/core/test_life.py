@@ -334,7 +334,7 @@ def test_an_end_that_is_sent_again_with_known_tokens_still_ends_it(drive: Drive)
 def test_tickets_are_refused_while_nobody_can_serve() -> None:
     drive = Drive()
     asked = TicketAsked(TICKET, "POST", "/v1/completions")
-    refused = TicketRefused(503, 5, "No worker can serve the request now.")
+    refused = TicketRefused(503, 5, "No worker can serve the request now.", TICKET)
     assert drive.feed(asked) == [refused]
     drive.members(("d", "decode"))
     assert drive.feed(asked) == [TicketGranted(TICKET)]  # Just started: it may be up any moment.

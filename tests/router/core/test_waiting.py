@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from router.core.events import (
 from router.core.gate import Promises
 from router.core.moves import CoreSettings
 from router.core.placement import Decision, Expected, Reason, Uncounted, View
+from router.core.records import RecordBook
 from router.core.router import RouterCore
 from tests.router.core.driving import Drive, demand, key, output
 
@@ -244,6 +246,22 @@ def test_a_ticket_is_refused_by_what_is_predicted() -> None:
     assert (refused.status, refused.retry_after_s) == (429, 2)
     assert bench.core.moves.counts.refused_tickets == 1
     assert isinstance(bench.ask("b", Terms(ttft_slo_s=9.0)), TicketGranted)
+    assert refused.ticket is not None
+    story = bench.core.book.find(refused.ticket)
+    assert story is not None
+    told = json.loads(json.dumps(story.as_json(0.0)))["refusal"]
+    assert (told["status"], told["message"]) == (429, refused.message)
+    assert told["grounds"]["ttft"]["predicted_s"] == 3.0
+
+
+def test_a_flood_of_refusals_leaves_the_records_of_what_was_served() -> None:
+    book, served = RecordBook(20), TicketAsked(TicketId("served"), "POST", "/v1/completions")
+    book.open_ticket(0.0, served)
+    for number in range(100):
+        asked = TicketAsked(TicketId(f"refused-{number}"), "POST", "/v1/completions")
+        book.refuse(1.0, asked, TicketRefused(429, 1, "Busy.", asked.ticket))
+    assert book.find("served") is not None
+    assert [book.find(f"refused-{number}") is not None for number in (97, 98, 99)] == [0, 1, 1]
 
 
 def test_bodies_teach_how_long_prompts_are() -> None:

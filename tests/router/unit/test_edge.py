@@ -259,16 +259,21 @@ def test_too_many_connections(edge: RunningEdge, path: str) -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, MESSAGES])
 @pytest.mark.parametrize(
-    ("refusal", "status", "retry_after"),
+    ("refusal", "status", "retry_after", "ticket"),
     [
-        ('429\t7\tslow "down"', 429, "7"),
-        ("401\t-\tno key", 401, None),
-        ("503\t1\tlater", 503, "1"),
-        ("nonsense", 500, None),
+        ('429\t7\tslow "down"\tabc', 429, "7", "abc"),
+        ("401\t-\tno key\t-", 401, None, None),
+        ("503\t1\tlater\t-", 503, "1", None),
+        ("nonsense", 500, None, None),
     ],
 )
 def test_the_routers_refusals(
-    edge: RunningEdge, path: str, refusal: str, status: int, retry_after: str | None
+    edge: RunningEdge,
+    path: str,
+    refusal: str,
+    status: int,
+    retry_after: str | None,
+    ticket: str | None,
 ) -> None:
     edge.answer = lambda _: refusal
     try:
@@ -276,6 +281,7 @@ def test_the_routers_refusals(
     finally:
         edge.answer = edge.grant
     assert (answered, headers["Retry-After"]) == (status, retry_after)
+    assert headers["X-Request-Id"] == ticket
     message = error_in(path, answer)
     assert message == refusal.split("\t")[2] if "\t" in refusal else "can't be read" in message
 

@@ -177,7 +177,9 @@ def test_why_a_front_failed(edge: RunningEdge, path: str) -> None:
     """The router knows; a front only says that something went wrong."""
 
     def answer(question: str) -> str:
-        return "503\t2\tits worker died" if question.startswith("why\t") else edge.grant(question)
+        if question.startswith("why\t"):
+            return "503\t2\tits worker died\t-"
+        return edge.grant(question)
 
     edge.answer = answer
     try:

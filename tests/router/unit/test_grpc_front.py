@@ -130,19 +130,21 @@ def test_a_call_is_a_request_like_any_others(unit: Unit, stub: InferenceStub) ->
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        ("401|-|Who are you?", grpc.StatusCode.UNAUTHENTICATED),
-        ("403|-|Not for you.", grpc.StatusCode.PERMISSION_DENIED),
-        ("429|7|Slow down.", grpc.StatusCode.RESOURCE_EXHAUSTED),
-        ("503|1|Nobody is there.", grpc.StatusCode.UNAVAILABLE),
-        ("504|-|Too late.", grpc.StatusCode.DEADLINE_EXCEEDED),
+        ("401|-|Who are you?|-", grpc.StatusCode.UNAUTHENTICATED),
+        ("403|-|Not for you.|-", grpc.StatusCode.PERMISSION_DENIED),
+        ("429|7|Slow down.|abc", grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ("503|1|Nobody is there.|-", grpc.StatusCode.UNAVAILABLE),
+        ("504|-|Too late.|-", grpc.StatusCode.DEADLINE_EXCEEDED),
     ],
 )
 def test_a_refused_ticket_is_the_status(
     stub: InferenceStub, answer: str, code: grpc.StatusCode
 ) -> None:
     call = stub.Generate(request(), metadata=(("idempotency-key", f"answer:{answer}"),))
-    _, retry_after, message = answer.split("|")
+    _, retry_after, message, ticket = answer.split("|")
     assert status_of(call) == (code, message)
+    told = dict(call.initial_metadata())
+    assert told.get("x-request-id", "-") == ticket
     wanted = {} if retry_after == "-" else {"retry-after": retry_after}
     assert dict(call.trailing_metadata()) == wanted
 
