@@ -71,6 +71,7 @@ class _Operator(http.server.BaseHTTPRequestHandler):
             "method": "POST",
             "path": "/v1/completions",
             "edge": {"status": "401", "termination": "PR"},
+            "refusal": None,
             "requests": [],
         },
     }
