@@ -163,12 +163,14 @@ def shares(measured: Sequence[Measurement]) -> tuple[str, str, str]:
 
 
 def turns(pools: Sequence[Pools]) -> tuple[str, str]:
-    """How the two pools swing, and whether against each other. None of them may be still."""
+    """How the two pools swing, and whether against each other: `-` where one is still."""
     swings = [
         statistics.mean(each) for each in zip(*(each.swings() for each in pools), strict=True)
     ]
     correlations = [each.correlation() for each in pools]
-    return " / ".join(f"{swing:.2f}" for swing in swings), _range(correlations, "+.2f")
+    known = [each for each in correlations if not math.isnan(each)]
+    told = _range(known, "+.2f") if known else "-"
+    return " / ".join(f"{swing:.2f}" for swing in swings), told
 
 
 def _range(values: Sequence[float], form: str) -> str:

@@ -4,8 +4,8 @@ Llama-3.1-8B on 8 simulated H100s (`--engines` for more, at as much more load). 
 split and number of routers: the highest rate at which 90 % of requests meet both SLOs, and what is
 served as promised at the rate that is one router's. Each request goes to a router that chance
 picks. `told`: workers tell each router what the others have there, and what waits at them. `alone`:
-the same policy, and routers do not hear it, but for how many requests an engine runs, and what
-others learned of their predictions; it shows what the telling is worth.
+the same policy, and all that routers hear of each other is how many requests an engine runs, and
+what others learned of their predictions; it shows what the telling is worth.
 
 Every search is appended to `--store` and not made twice by the same code, so the run can be broken
 off at any time and goes on where it was; `--report` prints the table of what is there. Virtual

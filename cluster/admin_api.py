@@ -22,6 +22,7 @@ from cluster.pools import Slot
 from cluster.state import ClusterState, Unit
 from engine.spec import Role
 from protos.ids import WorkerId
+from router.core.records import REFUSED_SHARE
 from router.settings import KEPT_RECORDS, UnitPaths
 
 _ROUTER_LIMIT_S: Final = 2.0
@@ -117,8 +118,8 @@ class AdminApi:
                 return web.json_response(answer)
         message = (
             f"no router knows a request {request_id}: name the X-Request-Id of a response, or its "
-            f"id, such as cmpl-… or chatcmpl-…; each router keeps the latest {KEPT_RECORDS:,} "
-            "until it restarts."
+            f"id, such as cmpl-… or chatcmpl-…; each router keeps the latest {KEPT_RECORDS:,}, and "
+            f"{round(KEPT_RECORDS * REFUSED_SHARE):,} that it refused, until it restarts."
         )
         return _error(404, message, "id")
 

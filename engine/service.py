@@ -64,6 +64,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self.incarnation = Incarnation(time.time_ns())
         self._links: dict[str, RouterLink] = {}
         self._known_incarnations: dict[str, int] = {}
+        self._learned: dict[str, tuple[float, worker_pb2.Learned]] = {}
+        """What each router said last, and when."""
         self._awake = AwakeClock(time.monotonic())
         self._absent_since_s: dict[str, float] = {}
         """Of routers whose requests are kept, by `_awake`."""
@@ -184,6 +186,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._known_incarnations[hello.router_id] = hello.router_incarnation
         link = RouterLink(hello.router_id, hello.router_incarnation, self._cache)
         link.ask_cache()
+        now_s = time.monotonic()
+        # Also what its predecessor learned: it begins with that.
+        for said_s, learned in self._learned.values():
+            aged = worker_pb2.Learned()
+            aged.CopyFrom(learned)
+            aged.age_s = now_s - said_s
+            link.pass_on(aged)
         earlier = self._links.get(hello.router_id)
         self._links[hello.router_id] = link
         if earlier is not None:
@@ -247,6 +256,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._attempts.work.queue(time.monotonic(), link.router_id, queued)
         elif command.HasField("learned"):
             command.learned.router_id = link.router_id
+            self._learned[link.router_id] = time.monotonic(), command.learned
             for other in self._links.values():
                 if other is not link:
                     other.pass_on(command.learned)
@@ -303,6 +313,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         for attempt in kept:
             self._attempts.forget(router_id, attempt.request_key, attempt.number)
         self._attempts.work.forget(router_id)
+        self._learned.pop(router_id, None)
         if kept:
             logger.warning("router %s stayed away; dropped its %d requests", router_id, len(kept))
 

@@ -129,26 +129,30 @@ class Queued(_message.Message):
     def __init__(self, requests: _Optional[int] = ..., work_s: _Optional[float] = ..., first_due_in_s: _Optional[float] = ...) -> None: ...
 
 class Learned(_message.Message):
-    __slots__ = ("router_id", "ttft", "tpot")
+    __slots__ = ("router_id", "ttft", "tpot", "age_s")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     TTFT_FIELD_NUMBER: _ClassVar[int]
     TPOT_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     ttft: LearnedMargin
     tpot: LearnedMargin
-    def __init__(self, router_id: _Optional[str] = ..., ttft: _Optional[_Union[LearnedMargin, _Mapping]] = ..., tpot: _Optional[_Union[LearnedMargin, _Mapping]] = ...) -> None: ...
+    age_s: float
+    def __init__(self, router_id: _Optional[str] = ..., ttft: _Optional[_Union[LearnedMargin, _Mapping]] = ..., tpot: _Optional[_Union[LearnedMargin, _Mapping]] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class LearnedMargin(_message.Message):
-    __slots__ = ("seen", "log_mean", "log_variance", "caution_spreads")
+    __slots__ = ("seen", "log_mean", "log_variance", "judged", "caution_spreads")
     SEEN_FIELD_NUMBER: _ClassVar[int]
     LOG_MEAN_FIELD_NUMBER: _ClassVar[int]
     LOG_VARIANCE_FIELD_NUMBER: _ClassVar[int]
+    JUDGED_FIELD_NUMBER: _ClassVar[int]
     CAUTION_SPREADS_FIELD_NUMBER: _ClassVar[int]
     seen: float
     log_mean: float
     log_variance: float
+    judged: float
     caution_spreads: float
-    def __init__(self, seen: _Optional[float] = ..., log_mean: _Optional[float] = ..., log_variance: _Optional[float] = ..., caution_spreads: _Optional[float] = ...) -> None: ...
+    def __init__(self, seen: _Optional[float] = ..., log_mean: _Optional[float] = ..., log_variance: _Optional[float] = ..., judged: _Optional[float] = ..., caution_spreads: _Optional[float] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("welcome", "step", "metrics", "cache_snapshot", "learned")

@@ -2,9 +2,9 @@
 
 One line in, one line out, then the connection ends or asks again:
     v1 TAB method TAB path TAB name=value ...
-    200 TAB ticket    or    status TAB retry-after seconds or "-" TAB message
+    200 TAB ticket    or    status TAB retry-after seconds or "-" TAB message TAB ticket or "-"
     why TAB ticket                         (a front answered 5xx: what is known of it)
-    status TAB retry-after TAB message     or    -
+    status TAB retry-after TAB message TAB -     or    -
 
 What a ticket is, `ticket_mint` knows.
 """

@@ -111,10 +111,12 @@ def _queued(told: worker_pb2.Queued) -> Queued:
 def learned_elsewhere(told: worker_pb2.Learned) -> LearnedElsewhere:
     """What another router has learned."""
     ttft, tpot = (
-        LearnedMargin(each.seen, each.log_mean, each.log_variance, each.caution_spreads)
+        LearnedMargin(
+            each.seen, each.log_mean, each.log_variance, each.judged, each.caution_spreads
+        )
         for each in (told.ttft, told.tpot)
     )
-    return LearnedElsewhere(told.router_id, Learned(ttft, tpot))
+    return LearnedElsewhere(told.router_id, Learned(ttft, tpot), told.age_s)
 
 
 def cache_changed(

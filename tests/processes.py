@@ -11,6 +11,7 @@ import psutil
 
 _PR_SET_PDEATHSIG: Final = 1
 _prctl: Final = ctypes.CDLL(None, use_errno=True).prctl
+_US: Final = os.getpid()
 
 
 def ends_with_us() -> None:
@@ -19,7 +20,7 @@ def ends_with_us() -> None:
     A server that outlived a test or benchmark that was killed would slow down all that follow.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:  # Ours ended before the line above took effect.
+    if os.getppid() != _US:  # Ours ended before the line above took effect.
         os._exit(1)
 
 

@@ -8,6 +8,8 @@ import time
 
 import psutil
 
+from tests.live.cluster_process import wait_until_gone
+
 _STARTER = """
 import subprocess, sys
 from tests.processes import ends_with_us
@@ -26,5 +28,4 @@ def test_a_server_ends_with_who_started_it() -> None:
         time.sleep(0.2)
         assert server.is_running()
         starter.kill()
-    _, alive = psutil.wait_procs([server], timeout=10)
-    assert not alive
+    assert wait_until_gone([server], 10) == []

@@ -297,6 +297,8 @@ class LearnedElsewhere:
 
     router_id: str
     learned: Learned
+    age_s: float = 0.0
+    """It was said so long ago."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,7 +447,8 @@ class Outlook(NamedTuple):
     """If no other request were there."""
     predicted_s: float
     at_most_s: float
-    """With the margin for what predictions are off by: this is held against what was promised."""
+    """Corrected by what predictions were off by, and with a margin: this is held against what was
+    promised."""
 
 
 class Grounds(NamedTuple):

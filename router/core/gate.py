@@ -115,7 +115,7 @@ class Gate:
         self._coming: dict[TicketId, LetIn] = {}
         self._coming_s = 0.0
         self._told_s = -math.inf
-        self._told_observations = 0
+        self._told_news = 0
 
     def ask(self, now_s: float, asked: TicketAsked) -> TicketRefused | None:
         """Why it is not let in; None if it is, and then it is counted until it arrives."""
@@ -186,13 +186,13 @@ class Gate:
         load = _Load(foreseen.expected.ttft_s, foreseen.expected.alone_ttft_s, promised_s)
         _learn(now_s, load, measured_s, self.ttft_margin, foreseen.ttft_factor)
 
-    def learn_late(self, foreseen: Foreseen, terms: Terms) -> Foreseen:
+    def learn_late(self, now_s: float, foreseen: Foreseen, terms: Terms) -> Foreseen:
         """A request that was let in waits, and would not be in time any more: it goes behind those
         that are. Returns what is left to be held against its times, since when its first token
         comes will tell nothing of the load."""
         promised_s, expected = self._promises.of_request(terms).ttft_s, foreseen.expected
         if _Load(expected.ttft_s, expected.alone_ttft_s, promised_s).is_for_the_margin:
-            self.ttft_margin.caution.observe(late=True)
+            self.ttft_margin.judge(now_s, late=True)
         return foreseen._replace(expected=expected._replace(ttft_s=expected.alone_ttft_s))
 
     def learn(self, now_s: float, foreseen: Foreseen, terms: Terms, ended: Ended) -> None:
@@ -214,19 +214,19 @@ class Gate:
             # longer than promised was late.
             assert ttft.promised_s is not None
             if (ended.duration_s or 0.0) > ttft.promised_s:
-                self.ttft_margin.caution.observe(late=True)
+                self.ttft_margin.judge(now_s, late=True)
 
     def hear(self, now_s: float, event: LearnedElsewhere) -> None:
         """Another router has learned something."""
-        self.ttft_margin.hear(now_s, event.router_id, event.learned.ttft)
-        self.tpot_margin.hear(now_s, event.router_id, event.learned.tpot)
+        self.ttft_margin.hear(now_s, event.router_id, event.learned.ttft, event.age_s)
+        self.tpot_margin.hear(now_s, event.router_id, event.learned.tpot, event.age_s)
 
     def news(self, now_s: float) -> Learned | None:
         """What was learned here, if others are to know of it and do not."""
-        observations = self.ttft_margin.factor.observations + self.tpot_margin.factor.observations
-        if observations == self._told_observations or now_s - self._told_s < LEARNED_TOLD_S:
+        news = self.ttft_margin.news + self.tpot_margin.news
+        if news == self._told_news or now_s - self._told_s < LEARNED_TOLD_S:
             return None
-        self._told_observations, self._told_s = observations, now_s
+        self._told_news, self._told_s = news, now_s
         return Learned(self.ttft_margin.learned(now_s), self.tpot_margin.learned(now_s))
 
     def _due_s(self, now_s: float, terms: Terms) -> float:
@@ -308,7 +308,7 @@ def _learn(now_s: float, load: _Load, measured_s: float, margin: SharedMargin, u
     if load.promised_s is None:
         return
     if load.is_for_the_margin:
-        margin.caution.observe(late=measured_s > load.promised_s)
+        margin.judge(now_s, late=measured_s > load.promised_s)
     if load.is_near:
         # A load that did not come at all has no logarithm and is passed over, so that the margin is
         # a little too wide.

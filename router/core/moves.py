@@ -106,7 +106,7 @@ class Moves:
         for key in self.backlog.take_put_behind():
             late = self.requests.get(key)
             if late is not None and late.foreseen is not None:
-                late.foreseen = self.gate.learn_late(late.foreseen, late.story.terms)
+                late.foreseen = self.gate.learn_late(now_s, late.foreseen, late.story.terms)
         self._looks_due = False
 
     def hear_queues(self, now_s: float, worker: Worker) -> None:

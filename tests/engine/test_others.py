@@ -146,24 +146,36 @@ async def test_what_waits_at_a_router_is_told_to_others_as_long_as_it_says_so(ad
         await router.close()
 
 
-async def test_what_a_router_learned_is_passed_on_to_all_others(address: str) -> None:
-    routers = [await attached(address, name) for name in ("one", "other", "third")]
-    said = Learned(LearnedMargin(40.0, -0.5, 0.04, 0.3), LearnedMargin(7.0, 0.1, 0.01, 0.0))
-    await routers[0].send(learned=command_of(TellLearned(WORKER, said)).learned)
-    for router in routers[1:]:
-        async with asyncio.timeout(5):
-            async for message in router.messages():
-                if message.HasField("learned"):
-                    assert learned_elsewhere(message.learned) == LearnedElsewhere("one", said)
-                    break
-    # It hears all of the others, and nothing of itself.
-    await routers[1].send(learned=worker_pb2.Learned())
+async def hears_learned(router: Router) -> LearnedElsewhere:
+    """The next word of another router."""
     async with asyncio.timeout(5):
-        async for message in routers[0].messages():
+        async for message in router.messages():
             if message.HasField("learned"):
-                assert message.learned.router_id == "other"
-                break
-    for router in routers:
+                return learned_elsewhere(message.learned)
+    raise AssertionError("the link ended")
+
+
+async def test_what_a_router_learned_is_passed_on_to_all_others(address: str) -> None:
+    one, other, third = [await attached(address, name) for name in ("one", "other", "third")]
+    said = Learned(
+        LearnedMargin(40.0, -0.5, 0.04, 50.0, 0.3), LearnedMargin(7.0, 0.1, 0.01, 9.0, 0.0)
+    )
+    command = command_of(TellLearned(WORKER, said)).learned
+    command.router_id = "another"
+    await one.send(learned=command)
+    for router in (other, third):
+        assert await hears_learned(router) == LearnedElsewhere("one", said)
+    # It hears all of the others, and nothing of itself.
+    await other.send(learned=worker_pb2.Learned())
+    assert (await hears_learned(one)).router_id == "other"
+    # One that begins hears all of before, its predecessor's word among them.
+    await one.close()
+    await asyncio.sleep(0.2)
+    successor = await attached(address, "one", incarnation=2)
+    words = {(word := await hears_learned(successor)).router_id: word for _ in range(2)}
+    assert words["one"].learned == said
+    assert 0.1 < words["one"].age_s < 5.0
+    for router in (other, third, successor):
         await router.close()
 
 

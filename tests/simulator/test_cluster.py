@@ -306,5 +306,5 @@ def test_a_router_that_begins_in_an_overload_lets_in_as_much_as_others_do() -> N
     cluster.run(requests)
     late = routers[sum(each.arrival_s < begins_s for each in requests) :]
     shares = [let_in[router] / late.count(router) for router in range(2)]
-    assert shares[1] < 0.75, "it is an overload"
+    assert 0.25 < shares[1] < 0.75, "it is an overload"
     assert shares[0] > 0.75 * shares[1]

@@ -63,9 +63,7 @@ class Inference:
         try:
             await self._answer(await _request(context), context)
         except Failure as failure:
-            wait_s = failure.retry_after_s
-            metadata = () if wait_s is None else (("retry-after", wait_s),)
-            await context.abort(failure.code, failure.message, metadata)
+            await context.abort(failure.code, failure.message, failure.metadata)
 
     async def _answer(self, request: GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         body = translate.completion_body(request)
@@ -75,12 +73,14 @@ class Inference:
         post = self._edge.post("/v1/completions", data=body, headers=_headers(context))
         try:
             async with post as response:
+                if response.status != 200:
+                    # Without initial metadata, which would keep a client from trying again by
+                    # itself (gRFC A6).
+                    content = await response.read()
+                    raise errors.http_failure(response.status, content, response.headers)
                 request_id = response.headers.get("X-Request-Id", "")
                 if request_id:
                     await context.send_initial_metadata((("x-request-id", request_id),))
-                if response.status != 200:
-                    content = await response.read()
-                    raise errors.http_failure(response.status, content, response.headers)
                 reader = AnswerReader(request_id, request.sampling.logprobs)
                 await self._pass_on(response, reader, context)
         except aiohttp.ClientError as error:

@@ -38,11 +38,24 @@ _STATUSES: Final = {
 class Failure(Exception):
     """How a call ends if not well."""
 
-    def __init__(self, code: StatusCode, message: str, retry_after_s: str | None = None) -> None:
+    def __init__(
+        self,
+        code: StatusCode,
+        message: str,
+        retry_after_s: str | None = None,
+        request_id: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message.encode()[:_LONGEST_MESSAGE_BYTES].decode(errors="ignore")
         self.retry_after_s = retry_after_s
+        self.request_id = request_id
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes out with the status."""
+        named = (("retry-after", self.retry_after_s), ("x-request-id", self.request_id))
+        return tuple((name, value) for name, value in named if value is not None)
 
 
 class ErrorEvent(Failure):
@@ -76,7 +89,7 @@ def http_failure(status: int, body: bytes, headers: Mapping[str, str]) -> Failur
         message = msgspec.json.decode(body, type=_ErrorBody).error.message
     except msgspec.DecodeError:
         message = f"The edge answered with HTTP status {status}."
-    return Failure(_code(status), message, headers.get("Retry-After"))
+    return Failure(_code(status), message, headers.get("Retry-After"), headers.get("X-Request-Id"))
 
 
 def recorded_failure(story: bytes) -> Failure | None:

@@ -27,6 +27,7 @@ from router.core.events import (
 from router.core.gate import (
     ARRIVES_WITHIN_S,
     LARGEST_MARGIN,
+    LEARNED_TOLD_S,
     LONGEST_RETRY_S,
     NOTHING_PROMISED,
     Foreseen,
@@ -324,7 +325,9 @@ def test_who_gave_up_later_than_promised_was_late(
 def test_who_was_put_behind_was_late_once() -> None:
     bench = Bench()
     before = bench.gate.ttft_margin.caution.spreads
-    left = bench.gate.learn_late(bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS)
+    left = bench.gate.learn_late(
+        bench.now_s, bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS
+    )
     after = bench.gate.ttft_margin.caution.spreads
     assert after > before
     bench.tell(left, ttft_s=30.0, tpot_s=0.04)
@@ -338,7 +341,9 @@ def test_who_was_put_behind_was_late_once() -> None:
 
 def test_who_was_put_behind_was_late_once_even_if_all_of_it_was_cached() -> None:
     bench = Bench()
-    left = bench.gate.learn_late(bench.foreseen(Expected(1.5, 0.04, 0.0, 0.01, 100.0)), NO_TERMS)
+    left = bench.gate.learn_late(
+        bench.now_s, bench.foreseen(Expected(1.5, 0.04, 0.0, 0.01, 100.0)), NO_TERMS
+    )
     after = bench.gate.ttft_margin.caution.spreads
     bench.tell(left, ttft_s=30.0, tpot_s=0.04)
     assert bench.gate.ttft_margin.caution.spreads == after
@@ -347,7 +352,9 @@ def test_who_was_put_behind_was_late_once_even_if_all_of_it_was_cached() -> None
 def test_nobody_learns_from_who_was_put_behind_and_late_all_alone() -> None:
     bench = Bench()
     before = bench.gate.ttft_margin.caution.spreads
-    bench.gate.learn_late(bench.foreseen(Expected(2.5, 0.04, 2.5, 0.01, 100.0)), NO_TERMS)
+    bench.gate.learn_late(
+        bench.now_s, bench.foreseen(Expected(2.5, 0.04, 2.5, 0.01, 100.0)), NO_TERMS
+    )
     assert bench.gate.ttft_margin.caution.spreads == before
 
 
@@ -393,3 +400,21 @@ def test_a_prompt_is_guessed_from_its_bytes() -> None:
     assert (shape.prompt_tokens, shape.cached_tokens) == (2000, 400)
     assert (shape.ttft_slo_s, shape.tpot_slo_s) == (2.0, 0.05)
     assert replace(shape, prompt_tokens=1).addresses == ()
+
+
+def test_others_are_told_what_is_new_once_a_second() -> None:
+    bench = Bench()
+    assert bench.gate.news(bench.now_s) is None
+    sure(bench)
+    told = bench.gate.news(bench.now_s)
+    assert told is not None
+    assert told.ttft.seen == told.tpot.judged == 1500
+    assert bench.gate.news(bench.now_s + LEARNED_TOLD_S) is None, "nothing is new"
+    let_in(bench)
+    bench.gate.learn_late(
+        bench.now_s, bench.foreseen(Expected(1.5, 0.04, 0.1, 0.01, 100.0)), NO_TERMS
+    )
+    assert bench.gate.news(bench.now_s + LEARNED_TOLD_S / 2) is None
+    told = bench.gate.news(bench.now_s + LEARNED_TOLD_S)
+    assert told is not None
+    assert told.ttft.judged > told.ttft.seen, "that it was late, and not by how much"
